@@ -1,0 +1,43 @@
+# Two commands work on a fresh clone with Python, git and make only:
+#   make demo    watch the five threads happen and be solved, on real data
+#   make test    lint, types, tests
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test lint types tests bench format clean
+
+demo: $(READY)
+	$(BIN)/stillnorm demo
+
+test: lint types tests
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(READY)
+	$(BIN)/mypy
+
+tests: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+bench: $(READY)
+	$(BIN)/python benchmarks/frozen_layer.py
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# torch first and alone: the constraint names the CPU build, and everything else then fits it.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	    --editable '.[demo]' hatchling ruff mypy pytest pytest-timeout pytest-xdist hypothesis \
+	    torchvision timm transformers onnx onnxscript onnxruntime
+	touch $(READY)

@@ -1,0 +1,59 @@
+"""BatchNorm that holds still: see what every norm layer does, freeze it, repair its statistics.
+
+    import stillnorm as sn
+
+Public names are imported on first use (PEP 562), so that the command line starts without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stillnorm.calibration import recalibrate as recalibrate
+    from stillnorm.diagnosis import check as check
+    from stillnorm.diagnosis import inspect as inspect
+    from stillnorm.errors import StillnormError as StillnormError
+    from stillnorm.errors import StillnormWarning as StillnormWarning
+    from stillnorm.freezing import freeze as freeze
+    from stillnorm.freezing import is_frozen as is_frozen
+    from stillnorm.freezing import unfreeze as unfreeze
+    from stillnorm.state import Snapshot as Snapshot
+    from stillnorm.state import eval_mode as eval_mode
+    from stillnorm.state import no_updates as no_updates
+    from stillnorm.state import preserved as preserved
+    from stillnorm.state import snapshot as snapshot
+
+__version__ = version("stillnorm")
+
+_ROOM_OF = {
+    "Snapshot": "state",
+    "StillnormError": "errors",
+    "StillnormWarning": "errors",
+    "check": "diagnosis",
+    "eval_mode": "state",
+    "freeze": "freezing",
+    "inspect": "diagnosis",
+    "is_frozen": "freezing",
+    "no_updates": "state",
+    "preserved": "state",
+    "recalibrate": "calibration",
+    "snapshot": "state",
+    "unfreeze": "freezing",
+}
+
+__all__ = sorted(_ROOM_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'stillnorm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"stillnorm.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOM_OF})

@@ -1,0 +1,84 @@
+"""Every error and warning that stillnorm raises.
+
+    Exception
+    └── StillnormError                 catch this for all of them
+        ├── SelectorError              also ValueError: `layers=` matches nothing
+        ├── RefusedError               also RuntimeError: strict=True, and a layer was refused
+        ├── BatchError                 also TypeError: a batch cannot be passed to the model
+        ├── CalibrationError           also ValueError: the data cannot give statistics
+        ├── VerifyError                also AssertionError: a layer moved or is not frozen
+        ├── FindingsError              also AssertionError: findings at or above a severity
+        ├── FileFormatError            also ValueError: a file cannot be read as what it should be
+        ├── TargetError                also ValueError: a command-line target cannot be loaded
+        └── StateError                 also RuntimeError: the model is no longer what it was
+    UserWarning
+    └── StillnormWarning
+
+A message is one line of fact with path and numbers, then ``help:`` and what to do.
+"""
+
+from __future__ import annotations
+
+
+class StillnormError(Exception):
+    """Base of all errors of stillnorm.
+
+    Args:
+        fact: One line: what is the case, with path and numbers.
+        help: What the user can do about it.
+    """
+
+    def __init__(self, fact: str, *, help: str = "") -> None:
+        super().__init__(fact, help)
+        self.fact = fact
+        self.help = help
+
+    def __str__(self) -> str:
+        return f"{self.fact}\n  help: {self.help}" if self.help else self.fact
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.fact, self.help)
+
+
+def _rebuild(kind: type[StillnormError], fact: str, help: str) -> StillnormError:
+    return kind(fact, help=help)
+
+
+class SelectorError(StillnormError, ValueError):
+    """A `layers=` selector that matches no norm layer."""
+
+
+class RefusedError(StillnormError, RuntimeError):
+    """An operation with `strict=True` that could not be done to every selected layer."""
+
+
+class BatchError(StillnormError, TypeError):
+    """A batch that cannot be passed to the model as it is."""
+
+
+class CalibrationError(StillnormError, ValueError):
+    """Data from which no statistics can be estimated."""
+
+
+class VerifyError(StillnormError, AssertionError):
+    """A layer that was said to be frozen and is not, or has moved."""
+
+
+class FindingsError(StillnormError, AssertionError):
+    """Findings at or above the severity asked for."""
+
+
+class FileFormatError(StillnormError, ValueError):
+    """A file that is not readable as what it should be."""
+
+
+class TargetError(StillnormError, ValueError):
+    """A command-line target that cannot be loaded."""
+
+
+class StateError(StillnormError, RuntimeError):
+    """A model that is no longer in the state an operation needs."""
+
+
+class StillnormWarning(UserWarning):
+    """A fact the user should know, though nothing failed."""

@@ -1,0 +1,13 @@
+"""What a norm layer is: the view on one layer, finding layers, selecting them, their modes."""
+
+from stillnorm.norms.find import find_norms as find_norms
+from stillnorm.norms.hold import Hold as Hold
+from stillnorm.norms.hold import hold_of as hold_of
+from stillnorm.norms.layer import NormalizesBy as NormalizesBy
+from stillnorm.norms.layer import NormLayer as NormLayer
+from stillnorm.norms.paths import clean_path as clean_path
+from stillnorm.norms.paths import walk as walk
+from stillnorm.norms.probe import Modes as Modes
+from stillnorm.norms.probe import probe_modes as probe_modes
+from stillnorm.norms.select import Layers as Layers
+from stillnorm.norms.select import select as select

@@ -1,0 +1,51 @@
+"""What an adapter tells about one kind of norm layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+Family = Literal["batch", "instance", "frozen"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How the layers of one provider are recognised and read.
+
+    Args:
+        provider: The library's name.
+        family: "batch", "instance", or "frozen" for another library's layer that always
+            normalises by its buffers.
+        recognizes: Whether a module is such a layer.
+        eps: The eps that the layer's forward uses.
+    """
+
+    provider: str
+    family: Family
+    recognizes: Callable[[nn.Module], bool]
+    eps: Callable[[nn.Module], float] = lambda module: float(module.eps)  # type: ignore[arg-type]
+
+
+def is_frozen_batch_norm(module: nn.Module) -> bool:
+    """Tell by name and buffers whether this is a layer with fixed statistics and affine.
+
+    Its class, or a base of it, is called something like FrozenBatchNorm2d, and the four tensors
+    are buffers.
+    """
+    named_so = any("Frozen" in c.__name__ and "BatchNorm" in c.__name__ for c in type(module).__mro__)
+    buffers = module._buffers
+    return named_so and all(
+        isinstance(buffers.get(name), Tensor)
+        for name in ("weight", "bias", "running_mean", "running_var")
+    )
+
+
+def comes_from(module: nn.Module, package: str) -> bool:
+    """Tell whether the module's class, or a base of it, is defined in `package`."""
+    return any(
+        c.__module__ == package or c.__module__.startswith(package + ".")
+        for c in type(module).__mro__
+    )

@@ -1,0 +1,50 @@
+"""Paths of modules: the dotted names of `named_modules()` without the components of wrappers.
+
+DistributedDataParallel, torch.compile, activation checkpointing and FSDP put the user's model under
+a child of their own; the user's names for the layers must not change with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+_ALWAYS_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def clean_path(name: str) -> str:
+    """Drop the wrapper components from a name of a state dict or of `named_modules()`.
+
+    ``module`` counts as a wrapper at the front only, where DistributedDataParallel puts it: inside
+    a name it may be the user's own.
+
+    Example:
+        >>> clean_path("module._orig_mod.backbone.bn1")
+        'backbone.bn1'
+    """
+    parts = [part for part in name.split(".") if part not in _ALWAYS_WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def walk(
+    model: nn.Module,
+) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
+    """Yield every registration of every module as (path, module, ancestors from the root).
+
+    A module registered under two names comes twice. A child called ``module`` that is its
+    parent's only child is a wrapper's, and its name is left out.
+    """
+    yield from _walk(model, (), ())
+
+
+def _walk(
+    module: nn.Module, parts: tuple[str, ...], ancestors: tuple[nn.Module, ...]
+) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
+    yield ".".join(parts), module, ancestors
+    children = [(name, child) for name, child in module._modules.items() if child is not None]
+    for name, child in children:
+        wraps = name in _ALWAYS_WRAPPERS or (name == "module" and len(children) == 1)
+        yield from _walk(child, parts if wraps else (*parts, name), (*ancestors, module))
