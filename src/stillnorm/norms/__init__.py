@@ -11,3 +11,6 @@ from stillnorm.norms.probe import Modes as Modes
 from stillnorm.norms.probe import probe_modes as probe_modes
 from stillnorm.norms.select import Layers as Layers
 from stillnorm.norms.select import select as select
+from stillnorm.norms.tensors import keep_tensors as keep_tensors
+from stillnorm.norms.tensors import same_bits as same_bits
+from stillnorm.norms.tensors import write as write

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stillnorm.norms.find import find_norms
 from stillnorm.norms.hold import hold_of
 from stillnorm.norms.layer import NormLayer
+from stillnorm.norms.tensors import keep_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,25 +91,23 @@ def _put_back(model: nn.Module) -> Iterator[None]:
     Overrides below which there is no norm layer (LoRA layers that merge their weights, say) cannot
     matter to a norm layer and are not called at all: an instance attribute shadows them meanwhile.
     """
-    relevant = {
-        id(m) for norm in find_norms(model) for m in (norm.module, *norm.ancestors)
-    } | {id(norm.module) for norm in find_norms(model)}
+    relevant = {id(m) for norm in find_norms(model) for m in (norm.module, *norm.ancestors)}
     modules = list(model.modules())
     attributes = {module: _shallow(module) for module in modules}
     grads = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     holds = [(hold, hold.asked) for m in modules if (hold := hold_of(m)) is not None]
-    owned: list[tuple[Tensor, Tensor, int]] = [
-        (t, t.detach().clone(), t._version)
+    owned = [
+        tensor
         for module in modules
         if _overrides_train(module) and id(module) in relevant
-        for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-        if not t.is_meta and not t.is_inference()
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     ]
     for module in modules:
         if _overrides_train(module) and id(module) not in relevant:
             module.__dict__["train"] = lambda mode=True, module=module: module
     try:
-        yield
+        with keep_tensors(owned):
+            yield
     finally:
         for module, saved in attributes.items():
             _restore(module, saved)
@@ -117,38 +116,28 @@ def _put_back(model: nn.Module) -> Iterator[None]:
             parameter.grad = grad
         for hold, asked in holds:
             hold.asked = asked
-        for tensor, value, version in owned:
-            if not torch.equal(tensor.detach(), value):
-                with torch.no_grad():
-                    tensor.copy_(value)
-                torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
 
 
-_Saved = dict[str, object]
+_Saved = dict[str, tuple[object, object]]
 
 
 def _shallow(module: nn.Module) -> _Saved:
-    """Copy the module's attributes one level deep: containers are copied, their items are not."""
+    """Note the module's attributes, and the items of those that are containers."""
     return {
-        name: value.copy() if isinstance(value, dict | list | set) else value
+        name: (value, value.copy() if isinstance(value, dict | list | set) else None)
         for name, value in module.__dict__.items()
     }
 
 
 def _restore(module: nn.Module, saved: _Saved) -> None:
-    """Write the attributes back, into the same container objects."""
+    """Put the attributes back: the same objects, containers with the same items."""
     now = module.__dict__
     for name in [name for name in now if name not in saved]:
         del now[name]
-    for name, value in saved.items():
-        current = now.get(name)
-        if isinstance(current, dict) and isinstance(value, dict):
-            current.clear()
-            current.update(value)
-        elif isinstance(current, list) and isinstance(value, list):
-            current[:] = value
-        elif isinstance(current, set) and isinstance(value, set):
-            current.clear()
-            current.update(value)
-        else:
-            now[name] = value
+    for name, (value, items) in saved.items():
+        now[name] = value
+        if isinstance(value, list) and isinstance(items, list):
+            value[:] = items
+        elif isinstance(value, dict | set) and isinstance(items, dict | set):
+            value.clear()
+            value.update(items)  # type: ignore[arg-type]

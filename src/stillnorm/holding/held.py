@@ -1,0 +1,198 @@
+"""The class of a held layer: a subclass of the layer's own class, made for it and named after it.
+
+A layer is held by giving it this class: the same object, parameters, buffers, hooks and keys.
+
+    HeldBatchNorm2d                     torch's forward: the core's takes its place
+      Guard       train() stays in eval
+      Core        normalises by the running statistics
+      BatchNorm2d
+
+    HeldBatchNormAct2d                  a forward of its own: kept
+      OwnForward  re-asserts eval, catches the layer's own F.batch_norm call
+      BatchNormAct2d
+      Core        what its super().forward() reaches
+      BatchNorm2d
+
+Classes made at run time are found again by name through this module's `__getattr__`, so that
+pickle works and users' own `__getstate__` keeps its say.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.overrides import TorchFunctionMode
+
+from stillnorm.holding.algebra import needs_plain_ops, norm_by_constants
+from stillnorm.norms.hold import HOLD, Hold
+
+# Forwards whose eval path is F.batch_norm or F.instance_norm by the running statistics alone.
+_TORCH_FORWARDS = (_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward)
+
+
+class Guard(nn.Module):
+    """What makes a layer stay as it is: `train()` is heard, noted, and not followed."""
+
+    is_held_class = True
+    held_base: type[nn.Module]
+
+    def train(self, mode: bool = True) -> Any:
+        """Note the wish and stay in eval; children and the class's own `train()` follow it."""
+        super().train(mode)
+        self.__dict__[HOLD].asked = mode
+        self.training = False
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A class whose own __getstate__ picks attributes loses the record, not the hold.
+        self.__dict__.setdefault(HOLD, Hold("frozen", asked=False, required_grad={}))
+
+    def extra_repr(self) -> str:
+        held = "statistics, affine" if self.__dict__[HOLD].affine == "frozen" else "statistics"
+        return f"{super().extra_repr()}, held=({held})"
+
+
+class Core(_NormBase):
+    """A forward that normalises by the running statistics, whatever the flags say."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            # TorchScript has no subclass to hold on to: its train() thaws, and `is_frozen` says so.
+            momentum = 0.1 if self.momentum is None else self.momentum
+            return F.batch_norm(
+                input,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                self.training,
+                momentum,
+                self.eps,
+            )
+        else:  # noqa: RET505, TorchScript leaves out an else and nothing less
+            self._check_input_dim(input)
+            return held_norm(self, input)
+
+
+class InstanceCore(_InstanceNorm):
+    """The same for instance norm: with running statistics it is a batch norm in eval mode."""
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        return held_norm(self, input)
+
+
+class OwnForward(nn.Module):
+    """Around a forward of the class's own: it stays in eval and its norm saves no activation."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training:  # written directly, past train(), as some trainers do
+            self.__dict__[HOLD].asked = True
+            self.training = False
+        affine = self.__dict__[HOLD].affine
+        if affine == "trains" or needs_plain_ops() or not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        with _HeldNormCall(self):
+            return super().forward(*args, **kwargs)
+
+
+class _HeldNormCall(TorchFunctionMode):
+    """Computes the layer's own `F.batch_norm` call in eval mode as a held layer does."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            call = dict(zip(_BATCH_NORM_ARGUMENTS, args, strict=False)) | kwargs
+            if call.get("running_mean") is self.layer.running_mean and not call.get("training"):
+                return norm_by_constants(
+                    call["input"],
+                    call["running_mean"],
+                    call["running_var"],
+                    call.get("weight"),
+                    call.get("bias"),
+                    call.get("eps", 1e-5),
+                )
+        return func(*args, **kwargs)
+
+
+_BATCH_NORM_ARGUMENTS = (
+    "input",
+    "running_mean",
+    "running_var",
+    "weight",
+    "bias",
+    "training",
+    "momentum",
+    "eps",
+)
+
+
+def held_norm(layer: Any, x: Tensor) -> Tensor:
+    """Normalise x by the layer's running statistics, affine constant or learning as held.
+
+    Shape:
+        - x: ``(N, C, *)``
+    """
+    if layer.training:  # written directly, past train(), as some trainers do
+        layer.__dict__[HOLD].asked = True
+        layer.training = False
+    tensors = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    if layer.__dict__[HOLD].affine == "frozen":
+        return norm_by_constants(x, *tensors, layer.eps)
+    return F.batch_norm(x, *tensors, False, 0.0, layer.eps)
+
+
+# ---------------------------------------------------------------------- making and finding classes
+
+
+@cache
+def held_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a held layer whose class is `base`; always the same one."""
+    core = InstanceCore if issubclass(base, _InstanceNorm) else Core
+    bases: tuple[type, ...]
+    if base.forward in _TORCH_FORWARDS:
+        bases = (Guard, core, base)
+    else:
+        # The core must come after the forwards of the class's own and before torch's: a subclass
+        # of torch's class stands for that place in the method resolution order.
+        root = next(c for c in base.__mro__ if c.__module__.startswith("torch.nn."))
+        bases = (Guard, OwnForward, base, type(f"Held{root.__name__}Core", (core, root), {}))
+    made = type(
+        f"Held{base.__name__}",
+        bases,
+        {
+            "__module__": __name__,
+            "__qualname__": _mangled(base),
+            "__doc__": f"A {base.__name__} held by stillnorm.",
+            "held_base": base,
+        },
+    )
+    return cast(type[nn.Module], made)
+
+
+def _mangled(base: type) -> str:
+    """Name the held class so that `__getattr__` finds its base; pickle splits names at dots."""
+    return f"Held{base.__qualname__}@{base.__module__}".replace(".", "/")
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Find a held class by the name that `_mangled` gave it."""
+    qualname, at, module = name.removeprefix("Held").replace("/", ".").partition("@")
+    if not (name.startswith("Held") and at):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    base: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        base = getattr(base, part)
+    return held_class(base)

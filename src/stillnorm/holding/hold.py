@@ -1,0 +1,134 @@
+"""Holding one layer, releasing it, and the reasons why that cannot be done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+
+from stillnorm.holding.held import held_class
+from stillnorm.norms import NormLayer
+from stillnorm.norms.hold import HOLD, Affine, Hold
+
+_AFFINE = ("weight", "bias")
+
+
+def why_not(layer: NormLayer, affine: Affine) -> str | None:
+    """Return the reason why the layer cannot be held so, or None when it can."""
+    module = layer.module
+    if layer.is_scripted:
+        return "a TorchScript module has no class to hold on to: freeze first, script afterwards"
+    if layer.is_lazy:
+        return "lazy: it has no statistics before its first forward"
+    if not layer.has_statistics:
+        return "it has no running statistics (track_running_stats=False)"
+    if layer.family == "instance" and not layer.tracks:
+        return "it normalises by the sample: track_running_stats is off"
+    if parametrize.is_parametrized(module):
+        return "parametrized: remove_parametrizations() needs the class that register made"
+    if affine == "frozen" and layer.trains_affine and (ddp := _reducer_above(layer)):
+        return (
+            f"inside {ddp}, which already waits for the gradients of weight and bias: "
+            "freeze first, then wrap"
+        )
+    return None
+
+
+def _reducer_above(layer: NormLayer) -> str | None:
+    """Name the DistributedDataParallel that expects a gradient for every parameter, if any."""
+    for module in layer.ancestors:
+        if isinstance(module, DistributedDataParallel) and not module.find_unused_parameters:
+            return type(module).__name__
+    return None
+
+
+def hold(module: nn.Module, affine: Affine) -> None:
+    """Hold a layer, or change what of a held layer's affine is frozen.
+
+    Mutates:
+        The class, `training`, and with ``affine="frozen"`` `requires_grad` and `.grad` of weight
+        and bias. No tensor's value.
+    """
+    held = module.__dict__.get(HOLD)
+    if not getattr(type(module), "is_held_class", False):
+        base = type(module)
+        held = Hold("trains", module.training, {}, module.__dict__.get("__module__"))
+        module.__class__ = held_class(base)
+        module.__dict__[HOLD] = held
+        # torch.fx takes a module for a leaf when its __module__ is torch.nn's.
+        module.__dict__["__module__"] = base.__module__
+        module.training = False
+    if affine == "frozen" and held.affine == "trains":
+        for name, parameter in _affine(module):
+            held.required_grad[name] = parameter.requires_grad
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    elif affine == "trains" and held.affine == "frozen":
+        _require_grad_as_before(module, held)
+    held.affine = affine
+
+
+def why_not_release(module: nn.Module) -> str | None:
+    """Return the reason why a held layer cannot be released, or None when it can."""
+    kind = type(module)
+    base = getattr(kind, "held_base", None)
+    if base is None or kind is not held_class(base):
+        return (
+            f"its class became {kind.__name__} after freeze: "
+            "undo what changed it (parametrizations, fully_shard) first"
+        )
+    return None
+
+
+def release(module: nn.Module) -> None:
+    """Make a held layer what it would be now had it never been held.
+
+    Mutates:
+        The class, `training`, and `requires_grad` of weight and bias where it still is what the
+        hold made it. No tensor's value.
+    """
+    held: Hold = module.__dict__[HOLD]
+    _require_grad_as_before(module, held)
+    asked = held.asked or module.training
+    module.__class__ = getattr(type(module), "held_base")  # noqa: B009
+    del module.__dict__[HOLD], module.__dict__["__module__"]
+    if held.shadowed_module is not None:
+        module.__dict__["__module__"] = held.shadowed_module
+    module.training = asked
+
+
+def remember(module: nn.Module) -> Callable[[], None]:
+    """Return what puts the layer back to exactly what it is now, whatever `hold` did to it."""
+    kind, attributes = module.__class__, dict(module.__dict__)
+    held = attributes.get(HOLD)
+    record = None if held is None else (dict(vars(held)), dict(held.required_grad))
+    gradients = [(p, p.requires_grad, p.grad) for _, p in _affine(module)]
+
+    def put_back() -> None:
+        module.__class__ = kind
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+        if held is not None and record is not None:
+            vars(held).update(record[0], required_grad=record[1])
+        for parameter, required, grad in gradients:
+            parameter.requires_grad_(required)
+            parameter.grad = grad
+
+    return put_back
+
+
+def _affine(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [
+        (name, parameter)
+        for name in _AFFINE
+        if isinstance(parameter := getattr(module, name, None), nn.Parameter)
+    ]
+
+
+def _require_grad_as_before(module: nn.Module, held: Hold) -> None:
+    for name, parameter in _affine(module):
+        if held.required_grad.get(name) and not parameter.requires_grad:
+            parameter.requires_grad_(True)
+    held.required_grad.clear()

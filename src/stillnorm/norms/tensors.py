@@ -1,0 +1,55 @@
+"""Keeping the values of tensors: the same object, the same bits, the same version counter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
+
+
+@contextlib.contextmanager
+def keep_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Put the values of `tensors` back after the block, in place, where they have changed.
+
+    The version counter goes back too: a graph recorded before the block still finds the values it
+    saved and may run backward.
+
+    Args:
+        tensors: Any tensors; meta and uninitialised ones have no value to keep.
+
+    Cost:
+        One copy of each tensor.
+    """
+    kept = [
+        (tensor, tensor.detach().clone())
+        for tensor in {id(t): t for t in tensors}.values()
+        if not tensor.is_meta and not isinstance(tensor, UninitializedTensorMixin)
+    ]
+    with contextlib.ExitStack() as versions:
+        for tensor, _ in kept:
+            if not tensor.is_inference():
+                versions.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
+        try:
+            yield
+        finally:
+            for tensor, value in kept:
+                if not same_bits(tensor, value):
+                    write(tensor, value)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors have the same shape, dtype and bits; NaN equals the same NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    a, b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)
+
+
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Copy `value` into `tensor` in place, whatever mode `tensor` was made in."""
+    mode = torch.inference_mode() if tensor.is_inference() else torch.no_grad()
+    with mode:
+        tensor.copy_(value)
