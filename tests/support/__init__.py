@@ -1,0 +1,1 @@
+"""What tests share: oracles, tolerances, real architectures. Independent of stillnorm."""
