@@ -10,11 +10,13 @@ def number(x: float, digits: int = 2) -> str:
 
     Example:
         >>> [number(x) for x in (0.812, 17.271, 0.00123, 4e-9, 0, 250240, float("nan"))]
-        ['0.81', '17.27', '0.0012', '4.0e-09', '0', '250240', 'nan']
+        ['0.81', '17.27', '0.0012', '4.0e-09', '0.00', '250240', 'nan']
     """
-    if x == 0 or not math.isfinite(x):
-        return f"{x:g}" if x else "0"
+    if not math.isfinite(x):
+        return str(x)
     magnitude = abs(x)
+    if magnitude == 0:
+        return f"{0:.{digits}f}"
     if magnitude < 1e-4 or magnitude >= 1e7:
         return f"{x:.{digits - 1}e}"
     if magnitude < 0.1:

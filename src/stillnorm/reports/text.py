@@ -7,11 +7,13 @@ on the severity word and the worst number only.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterable, Iterator
 
 from rich.text import Text as Styled
 
+from stillnorm.reports.charts import measure, moments
 from stillnorm.reports.document import (
     Bars,
     Block,
@@ -29,7 +31,6 @@ from stillnorm.reports.document import (
     plain,
     spans,
 )
-from stillnorm.reports.histograms import moments
 from stillnorm.reports.numbers import number, span
 
 _STYLES: dict[Style, str] = {
@@ -132,17 +133,14 @@ def _bars(block: Bars) -> Table:
     return Table((), rows, "lrl", indent=2, gap=3)
 
 
-def measure(value: float, unit: str) -> str:
-    """Write a value with its unit; percent take one decimal."""
-    shown = f"{value:.1f}" if unit == "%" else number(value)
-    return f"{shown} {unit}".rstrip()
-
-
 def _histogram(block: Histogram) -> Table:
     rows = []
     for series in block.series:
         low, high, mean, deviation = moments(series)
-        rows.append((series.label, span(low, high), number(mean), number(deviation)))
+        if math.isnan(mean):
+            rows.append((series.label, "no values", "-", "-"))
+        else:
+            rows.append((series.label, span(low, high), number(mean), number(deviation)))
     return Table(("", f"range {block.unit}".rstrip(), "mean", "sd"), tuple(rows), "lrrr", indent=2)
 
 
