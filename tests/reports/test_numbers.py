@@ -32,6 +32,7 @@ def test_numbers_are_short(x):
     ("written", "expected"),
     [
         (number(17.271), "17.27"),
+        (number(-0.00123), "-0.0012"),
         (number(0.95, digits=3), "0.950"),
         (number(float("inf")), "inf"),
         (span(0.0912, 4.13), "0.091 .. 4.1"),

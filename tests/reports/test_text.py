@@ -101,16 +101,18 @@ def test_a_long_path_is_shortened_in_the_middle():
     path = "backbone.body.layer4.2.downsample.1.some.more.blocks.that.never.end.bn1"
     (line,) = lines(Table((), ((path, "running", "0.09 .. 4.1"),), "llr"), width=60)
     assert len(line) <= 60
-    assert line.startswith("backbone.b")
+    head, tail = line.split()[0].split("…")
+    assert path.startswith(head)
+    assert path.endswith(tail)
+    assert 6 <= len(head) < len(tail)
     assert ".never.end.bn1  running  0.09 .. 4.1" in line
-    assert line.count("…") == 1
 
 
 def test_prose_in_the_last_column_wraps_under_itself():
     table = Table((), (("bn1", "the batch moves the statistics " * 3),), "ll")
     wrapped = lines(table, width=40)
     assert len(wrapped) > 1
-    assert all(line.startswith(("bn1  the", "     ")) and len(line) <= 40 for line in wrapped)
+    assert all(re.match(r"(bn1|   )  \S", line) and len(line) <= 40 for line in wrapped)
 
 
 def test_a_note_continues_under_its_text():
