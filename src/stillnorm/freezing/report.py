@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stillnorm.reports import Document, Line, Table, count, text
+from stillnorm.reports import Document, Line, Table, text
+from stillnorm.reports.numbers import count
 
 Refusals = tuple[tuple[str, str], ...]
 

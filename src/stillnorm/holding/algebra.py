@@ -47,12 +47,16 @@ def norm_by_constants(
     Cost:
         One read and one write of x forward and backward; saves 2 C elements.
     """
-    weight = None if weight is None else weight.detach()
-    bias = None if bias is None else bias.detach()
+    weight, bias = _constant(weight), _constant(bias)
     if x.requires_grad and torch.is_grad_enabled() and not needs_plain_ops():
-        y: Tensor = NormByConstants.apply(x, mean, var, weight, bias, eps)  # type: ignore[no-untyped-call]
+        y: Tensor = NormByConstants.apply(x, (mean, var, weight, bias, eps))  # type: ignore[no-untyped-call]
         return y
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+def _constant(parameter: Tensor | None) -> Tensor | None:
+    """Cut a parameter off from autograd, also when `requires_grad` was switched on again."""
+    return parameter.detach() if parameter is not None and parameter.requires_grad else parameter
 
 
 def needs_plain_ops() -> bool:
@@ -68,20 +72,26 @@ def needs_plain_ops() -> bool:
     )
 
 
+# mean, var, weight, bias, eps
+_Constants = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]
+
+# Elements from which one product beats torch's kernel (benchmarks/frozen_layer.py).
+_LARGE = 1 << 16
+
+_backward = torch.ops.aten.native_batch_norm_backward.default
+
+
 class NormByConstants(torch.autograd.Function):
     """y = (x - mean) / sqrt(var + eps) * weight + bias, with a gradient to x only."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        """Compute y with the operator that the plain layer uses."""
+    def forward(ctx: Any, x: Tensor, constants: _Constants) -> Tensor:
+        """Compute y with the operator that the plain layer uses.
+
+        The constants come as one tuple: autograd then handles two arguments instead of six, which
+        is a tenth of the time on a small map.
+        """
+        mean, var, weight, bias, eps = constants
         ctx.save_for_backward(var, weight)
         ctx.eps = eps
         return torch.batch_norm(
@@ -89,29 +99,29 @@ class NormByConstants(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         """Compute dx = dy * s."""
         var, weight = ctx.saved_tensors
-        return input_gradient(dy, var, weight, ctx.eps), None, None, None, None, None
+        return input_gradient(dy, var, weight, ctx.eps), None
 
 
 def input_gradient(dy: Tensor, var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Compute dx = dy * weight / sqrt(var + eps).
 
-    In float32 and float64 as one product, within 2 ulp of torch's kernel and faster. In half
-    precision s must not be rounded to half before the product (1e-2 off in bfloat16): torch's own
-    kernel computes it, with dy standing in for the input, which that gradient does not read.
+    On large maps in float32 and float64 as one product, within 2 ulp of torch's kernel and faster.
+    In half precision s must not be rounded to half before the product (1e-2 off in bfloat16), and
+    on small maps the small operations cost more than the map: there torch's own kernel, with dy
+    and var standing in for the input and the mean, which that gradient does not read.
 
     Shape:
         - dy, dx: ``(N, C, *)``; var, weight: ``(C,)``.
     """
-    if dy.dtype in (torch.float32, torch.float64) or torch.is_grad_enabled():
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        s = (var.to(wide) + eps).rsqrt()
+    wide = dy.dtype in (torch.float32, torch.float64) and dy.numel() >= _LARGE
+    if wide or torch.is_grad_enabled():
+        dtype = torch.promote_types(dy.dtype, torch.float32)
+        s = (var.to(dtype) + eps).rsqrt()
         if weight is not None:
-            s = s * weight.to(wide)
+            s = s * weight.to(dtype)
         return (dy * s.view(-1, *[1] * (dy.dim() - 2))).to(dy.dtype)
-    dx: Tensor = torch.ops.aten.native_batch_norm_backward(
-        dy, dy, weight, None, var, None, None, False, eps, (True, False, False)
-    )[0]
+    dx: Tensor = _backward(dy, dy, weight, var, var, None, None, False, eps, [True, False, False])[0]
     return dx
