@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import support.zoo  # noqa: F401, E402  torchvision beside a CPU build of torch
-import torchvision  # noqa: E402
+import torchvision
 
-import stillnorm as sn  # noqa: E402
+import stillnorm as sn
+import support.zoo  # noqa: F401  torchvision beside a CPU build of torch
 
 SHAPES = [
     (8, 64, 56, 56),
@@ -138,7 +138,9 @@ def main() -> None:
     print("time as a ratio to torchvision's FrozenBatchNorm2d; saved in bytes\n")
     names = ("torchvision", "F.batch_norm", "stillnorm")
     head = f"{'shape':18}{'layout':15}"
-    print(head + "".join(f"{name:>14}" for name in names) + "".join(f"{n + ' B':>15}" for n in names))
+    print(
+        head + "".join(f"{name:>14}" for name in names) + "".join(f"{n + ' B':>15}" for n in names)
+    )
     for shape in SHAPES:
         for layout in (torch.contiguous_format, torch.channels_last):
             result = measure(shape, layout, options.device, options.rounds)

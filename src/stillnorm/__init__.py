@@ -44,7 +44,7 @@ _ROOM_OF = {
     "unfreeze": "freezing",
 }
 
-__all__ = sorted(_ROOM_OF)  # noqa: PLE0605
+__all__ = sorted(_ROOM_OF)
 
 
 def __getattr__(name: str) -> object:

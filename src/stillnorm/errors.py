@@ -7,6 +7,7 @@
         ├── BatchError                 also TypeError: a batch cannot be passed to the model
         ├── CalibrationError           also ValueError: the data cannot give statistics
         ├── VerifyError                also AssertionError: a layer moved or is not frozen
+        ├── RuleError                  also ValueError: no rule has that code or slug
         ├── FindingsError              also AssertionError: findings at or above a severity
         ├── FileFormatError            also ValueError: a file cannot be read as what it should be
         ├── TargetError                also ValueError: a command-line target cannot be loaded
@@ -62,6 +63,10 @@ class CalibrationError(StillnormError, ValueError):
 
 class VerifyError(StillnormError, AssertionError):
     """A layer that was said to be frozen and is not, or has moved."""
+
+
+class RuleError(StillnormError, ValueError):
+    """A code or slug that names no rule."""
 
 
 class FindingsError(StillnormError, AssertionError):

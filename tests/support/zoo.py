@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 
 def _define_schemas() -> None:
+    schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
     for name in ("nms", "qnms"):
         try:
-            torch.library.define(
-                f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+            torch.library.define(f"torchvision::{name}", schema)
         except RuntimeError:
             return  # torchvision brings its own
 
@@ -58,12 +57,16 @@ def _mobilenet_hf() -> nn.Module:
 
 # name: factory; every one takes (N, 3, 64, 64) and returns a tensor in eval mode.
 CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
-    "torchvision/resnet18": partial(torchvision.models.resnet18, num_classes=10),
-    "torchvision/mobilenet_v2": partial(torchvision.models.mobilenet_v2, num_classes=10),
-    "torchvision/mobilenet_v3_small": partial(torchvision.models.mobilenet_v3_small, num_classes=10),
-    "torchvision/shufflenet_v2_x0_5": partial(torchvision.models.shufflenet_v2_x0_5, num_classes=10),
-    "torchvision/mnasnet0_5": partial(torchvision.models.mnasnet0_5, num_classes=10),
-    "torchvision/regnet_y_400mf": partial(torchvision.models.regnet_y_400mf, num_classes=10),
+    f"torchvision/{name}": partial(torchvision.models.get_model, name, num_classes=10)
+    for name in (
+        "resnet18",
+        "mobilenet_v2",
+        "mobilenet_v3_small",
+        "shufflenet_v2_x0_5",
+        "mnasnet0_5",
+        "regnet_y_400mf",
+    )
+} | {
     "timm/resnet10t": partial(timm.create_model, "resnet10t", num_classes=10),
     "timm/efficientnet_lite0": partial(timm.create_model, "efficientnet_lite0", num_classes=10),
     "timm/ghostnet_050": partial(timm.create_model, "ghostnet_050", num_classes=10),

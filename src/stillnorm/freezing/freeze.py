@@ -134,9 +134,7 @@ def unfreeze(model: nn.Module, layers: Layers = None) -> UnfreezeReport:
     chosen = select(model, layers)
     held = tuple(norm for norm in chosen if norm.hold is not None)
     refusals = {
-        norm: reason
-        for norm in held
-        if (reason := why_not_release(norm.module)) is not None
+        norm: reason for norm in held if (reason := why_not_release(norm.module)) is not None
     } | {norm: reason for norm in chosen if (reason := _foreign(norm)) is not None}
     todo = tuple(norm for norm in held if norm not in refusals)
     _all_or_nothing(todo, release)
@@ -186,9 +184,7 @@ def _foreign(norm: NormLayer) -> str | None:
     return f"a {norm.kind} of {norm.provider} has no unfrozen form of itself"
 
 
-def _all_or_nothing(
-    norms: tuple[NormLayer, ...], change: Callable[[nn.Module], None]
-) -> None:
+def _all_or_nothing(norms: tuple[NormLayer, ...], change: Callable[[nn.Module], None]) -> None:
     """Change every layer, or on any exception none."""
     put_back: list[Callable[[], None]] = []
     try:

@@ -66,7 +66,7 @@ def needs_plain_ops() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
@@ -123,5 +123,7 @@ def input_gradient(dy: Tensor, var: Tensor, weight: Tensor | None, eps: float) -
         if weight is not None:
             s = s * weight.to(dtype)
         return (dy * s.view(-1, *[1] * (dy.dim() - 2))).to(dy.dtype)
-    dx: Tensor = _backward(dy, dy, weight, var, var, None, None, False, eps, [True, False, False])[0]
+    dx: Tensor = _backward(dy, dy, weight, var, var, None, None, False, eps, [True, False, False])[
+        0
+    ]
     return dx

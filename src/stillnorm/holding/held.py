@@ -51,11 +51,12 @@ class Guard(nn.Module):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         # A class whose own __getstate__ picks attributes loses the record, not the hold.
         self.__dict__.setdefault(HOLD, Hold("frozen", asked=False, required_grad={}))
 
     def extra_repr(self) -> str:
+        """Say what is held."""
         held = "statistics, affine" if self.__dict__[HOLD].affine == "frozen" else "statistics"
         return f"{super().extra_repr()}, held=({held})"
 
@@ -64,7 +65,8 @@ class Core(_NormBase):
     """A forward that normalises by the running statistics, whatever the flags say."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        """Normalise (N, C, *) by the running statistics."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             # TorchScript has no subclass to hold on to: its train() thaws, and `is_frozen` says so.
             momentum = 0.1 if self.momentum is None else self.momentum
             return F.batch_norm(
@@ -78,7 +80,7 @@ class Core(_NormBase):
                 self.eps,
             )
         else:  # noqa: RET505, TorchScript leaves out an else and nothing less
-            self._check_input_dim(input)
+            self._check_input_dim(input)  # type: ignore[no-untyped-call]
             return held_norm(self, input)
 
 
@@ -93,6 +95,7 @@ class OwnForward(nn.Module):
     """Around a forward of the class's own: it stays in eval and its norm saves no activation."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the class's own forward."""
         if self.training:  # written directly, past train(), as some trainers do
             self.__dict__[HOLD].asked = True
             self.training = False
@@ -109,9 +112,7 @@ class _HeldNormCall(TorchFunctionMode):
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm:
             call = dict(zip(_BATCH_NORM_ARGUMENTS, args, strict=False)) | kwargs

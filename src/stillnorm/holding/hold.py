@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from stillnorm.holding.held import held_class
-from stillnorm.norms import NormLayer
-from stillnorm.norms.hold import HOLD, Affine, Hold
+from stillnorm.norms import Hold, NormLayer, hold_of
+from stillnorm.norms.hold import HOLD, Affine
 
 _AFFINE = ("weight", "bias")
 
@@ -51,11 +51,11 @@ def hold(module: nn.Module, affine: Affine) -> None:
         The class, `training`, and with ``affine="frozen"`` `requires_grad` and `.grad` of weight
         and bias. No tensor's value.
     """
-    held = module.__dict__.get(HOLD)
-    if not getattr(type(module), "is_held_class", False):
+    held = hold_of(module)
+    if held is None:
         base = type(module)
         held = Hold("trains", module.training, {}, module.__dict__.get("__module__"))
-        module.__class__ = held_class(base)
+        module.__class__ = held_class(base)  # type: ignore[arg-type]
         module.__dict__[HOLD] = held
         # torch.fx takes a module for a leaf when its __module__ is torch.nn's.
         module.__dict__["__module__"] = base.__module__

@@ -38,4 +38,6 @@ class Hold:
 def hold_of(module: nn.Module) -> Hold | None:
     """Return the layer's hold, or None when stillnorm does not hold it."""
     hold = module.__dict__.get(HOLD)
-    return hold if isinstance(hold, Hold) and getattr(type(module), "is_held_class", False) else None
+    return (
+        hold if isinstance(hold, Hold) and getattr(type(module), "is_held_class", False) else None
+    )

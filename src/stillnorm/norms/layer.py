@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from stillnorm.norms.adapters.adapter import Adapter, Family
 from stillnorm.norms.adapters.detectron2 import provider_of_copy
@@ -92,7 +92,7 @@ class NormLayer:
 
     @property
     def num_batches_tracked(self) -> Tensor | None:
-        """The number of batches seen, (), or None. 0 can be a checkpoint from before torch 0.4.1."""
+        """The number of batches seen, (), or None; 0 can be a checkpoint older than torch 0.4.1."""
         return self._tensor("num_batches_tracked")
 
     def tensors(self) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ class NormLayer:
 
     @property
     def momentum(self) -> float | None:
-        """The weight of the new batch in the running statistics; None for the cumulative average."""
+        """The weight of the new batch in the statistics; None for the cumulative average."""
         momentum = getattr(self.module, "momentum", None)
         return None if momentum is None else float(momentum)
 
@@ -133,9 +133,11 @@ class NormLayer:
     @property
     def is_lazy(self) -> bool:
         """Whether the layer waits for its first forward to learn its number of channels."""
-        return any(isinstance(t, UninitializedTensorMixin) for t in self.tensors().values()) or (
-            "cls_to_become" in vars(type(self.module)) and self.num_features == 0
+        waiting = any(
+            isinstance(tensor, UninitializedParameter | UninitializedBuffer)
+            for tensor in self.tensors().values()
         )
+        return waiting or (hasattr(type(self.module), "cls_to_become") and self.num_features == 0)
 
     @property
     def is_scripted(self) -> bool:

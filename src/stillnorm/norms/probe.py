@@ -140,4 +140,4 @@ def _restore(module: nn.Module, saved: _Saved) -> None:
             value[:] = items
         elif isinstance(value, dict | set) and isinstance(items, dict | set):
             value.clear()
-            value.update(items)  # type: ignore[arg-type]
+            value.update(items)

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+_version_kept = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -26,12 +28,13 @@ def keep_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
     kept = [
         (tensor, tensor.detach().clone())
         for tensor in {id(t): t for t in tensors}.values()
-        if not tensor.is_meta and not isinstance(tensor, UninitializedTensorMixin)
+        if not tensor.is_meta
+        and not isinstance(tensor, UninitializedParameter | UninitializedBuffer)
     ]
     with contextlib.ExitStack() as versions:
         for tensor, _ in kept:
             if not tensor.is_inference():
-                versions.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
+                versions.enter_context(_version_kept(tensor))
         try:
             yield
         finally:

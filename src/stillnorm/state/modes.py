@@ -74,7 +74,8 @@ def no_updates(model: nn.Module, layers: Layers = None) -> Iterator[nn.Module]:
     # in train mode, by the running statistics in eval mode, and write nothing in either.
     switched = [m for m in chosen if isinstance(m, _BatchNorm) and m.track_running_stats]
     # Any other forward (instance norm, a subclass with its own) may write: keep the values.
-    others = [m for m in chosen if type(m).forward not in (_BatchNorm.forward, SyncBatchNorm.forward)]
+    silent = (_BatchNorm.forward, SyncBatchNorm.forward)
+    others = [m for m in chosen if type(m).forward not in silent]
     statistics = [
         tensor
         for module in others
@@ -201,7 +202,7 @@ def _random_kept() -> Iterator[None]:
     python = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(devices=list(cuda)):
             yield

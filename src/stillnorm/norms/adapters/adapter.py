@@ -35,7 +35,9 @@ def is_frozen_batch_norm(module: nn.Module) -> bool:
     Its class, or a base of it, is called something like FrozenBatchNorm2d, and the four tensors
     are buffers.
     """
-    named_so = any("Frozen" in c.__name__ and "BatchNorm" in c.__name__ for c in type(module).__mro__)
+    named_so = any(
+        "Frozen" in c.__name__ and "BatchNorm" in c.__name__ for c in type(module).__mro__
+    )
     buffers = module._buffers
     return named_so and all(
         isinstance(buffers.get(name), Tensor)
