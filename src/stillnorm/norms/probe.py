@@ -47,7 +47,7 @@ class Modes:
         if self.in_train[layer.module] or layer.normalizes_by(training=False) != "running":
             return None
         owners = [layer.module, *reversed(layer.ancestors)]
-        owner = next((m for m in owners if _overrides_train(m)), layer.module)
+        owner = next((m for m in owners if overrides_train(m)), layer.module)
         return f"{type(owner).__name__}.train()"
 
 
@@ -59,7 +59,7 @@ def probe_modes(model: nn.Module) -> Modes:
         the tensors that the overriding modules own themselves.
     """
     modules = list(model.modules())
-    if not any(_overrides_train(module) for module in modules):
+    if not any(overrides_train(module) for module in modules):
         held = {module: hold_of(module) is not None for module in modules}
         return Modes(
             in_train={module: not held[module] for module in modules},
@@ -73,7 +73,7 @@ def probe_modes(model: nn.Module) -> Modes:
     return Modes(in_train, in_eval)
 
 
-def _overrides_train(module: nn.Module) -> bool:
+def overrides_train(module: nn.Module) -> bool:
     """Tell whether calling `train()` on the module may do more than set flags."""
     if "train" in module.__dict__:
         return True
@@ -99,11 +99,11 @@ def _put_back(model: nn.Module) -> Iterator[None]:
     owned = [
         tensor
         for module in modules
-        if _overrides_train(module) and id(module) in relevant
+        if overrides_train(module) and id(module) in relevant
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     ]
     for module in modules:
-        if _overrides_train(module) and id(module) not in relevant:
+        if overrides_train(module) and id(module) not in relevant:
             module.__dict__["train"] = lambda mode=True, module=module: module
     try:
         with keep_tensors(owned):

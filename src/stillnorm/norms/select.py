@@ -50,14 +50,15 @@ def _matches(model: nn.Module, norms: tuple[NormLayer, ...], layers: Layers) -> 
         if not parts:
             raise SelectorError("layers= is empty", help="leave layers= out to select all layers")
         return set[int]().union(*(_matches(model, norms, part) for part in parts))
-    test = _test(layers)
+    test = matcher(layers)
     chosen = {id(norm) for norm in norms if test(norm)}
     if not chosen:
         raise _nothing(model, norms, layers)
     return chosen
 
 
-def _test(layers: Layers) -> Callable[[NormLayer], bool]:
+def matcher(layers: Layers) -> Callable[[NormLayer], bool]:
+    """Return the test that a selector, other than None, puts to each layer."""
     if isinstance(layers, str):
         pattern = layers
         return lambda norm: any(_globs(path, pattern) for path in norm.paths)
@@ -67,6 +68,9 @@ def _test(layers: Layers) -> Callable[[NormLayer], bool]:
     if isinstance(layers, type):
         kind = layers
         return lambda norm: any(isinstance(m, kind) for m in (norm.module, *norm.ancestors))
+    if isinstance(layers, Iterable):
+        tests = [matcher(part) for part in layers]
+        return lambda norm: any(test(norm) for test in tests)
     if callable(layers):
         predicate: Callable[[str, nn.Module], bool] = layers
         return lambda norm: any(predicate(path, norm.module) for path in norm.paths)

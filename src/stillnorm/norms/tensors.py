@@ -7,9 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-
-_version_kept = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+from torch.nn.parameter import UninitializedTensorMixin
 
 
 @contextlib.contextmanager
@@ -26,26 +24,45 @@ def keep_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
         One copy of each tensor.
     """
     kept = [
-        (tensor, tensor.detach().clone())
-        for tensor in {id(t): t for t in tensors}.values()
+        (tensor, tensor.data, tensor.detach().clone())
+        for tensor in _unique(tensors)
         if not tensor.is_meta
-        and not isinstance(tensor, UninitializedParameter | UninitializedBuffer)
     ]
     with contextlib.ExitStack() as versions:
-        for tensor, _ in kept:
+        for tensor, _, _ in kept:
             if not tensor.is_inference():
-                versions.enter_context(_version_kept(tensor))
+                versions.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
         try:
             yield
         finally:
-            for tensor, value in kept:
+            for tensor, data, value in kept:
+                if _layout(tensor) != _layout(data):
+                    tensor.data = data
                 if not same_bits(tensor, value):
                     write(tensor, value)
 
 
+@contextlib.contextmanager
+def keep_types(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Undo casts and moves of `tensors` after the block: the same storage is back, unrounded.
+
+    What was written in place meanwhile stays.
+
+    Cost:
+        None, unless there was a cast: then both storages live until the block ends.
+    """
+    kept = [(tensor, tensor.data) for tensor in _unique(tensors)]
+    try:
+        yield
+    finally:
+        for tensor, data in kept:
+            if (tensor.dtype, tensor.device) != (data.dtype, data.device):
+                tensor.data = data
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Tell whether two tensors have the same shape, dtype and bits; NaN equals the same NaN."""
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+    if _layout(a) != _layout(b):
         return False
     a, b = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return torch.equal(a, b)
@@ -56,3 +73,13 @@ def write(tensor: Tensor, value: Tensor) -> None:
     mode = torch.inference_mode() if tensor.is_inference() else torch.no_grad()
     with mode:
         tensor.copy_(value)
+
+
+def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors that have a value or could have one, each object once."""
+    by_id = {id(t): t for t in tensors if not isinstance(t, UninitializedTensorMixin)}
+    return list(by_id.values())
+
+
+def _layout(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
