@@ -28,7 +28,6 @@ from stillnorm.reports.document import (
     Style,
     Table,
     Text,
-    plain,
     spans,
 )
 from stillnorm.reports.numbers import number, span
@@ -177,7 +176,7 @@ def _table(table: Table, width: int) -> Iterator[Styled]:
     if not cells:
         return
     widths = [max(cell.cell_len for cell in column) for column in zip(*cells, strict=True)]
-    prose = any(" " in plain(row[-1]) for row in table.rows) and table.align.endswith("l")
+    prose = table.align.endswith("l") and widths[-1] > _PROSE
     widths = _fit(widths, table, width - table.indent, prose)
     for row in cells:
         last = _wrap(row[-1], widths[-1]) if prose else [row[-1]]
