@@ -75,10 +75,7 @@ def needs_plain_ops() -> bool:
 # mean, var, weight, bias, eps
 _Constants = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]
 
-# Elements from which one product beats torch's kernel (benchmarks/frozen_layer.py).
-_LARGE = 1 << 16
-
-_backward = torch.ops.aten.native_batch_norm_backward.default
+_kernel = torch.ops.aten.native_batch_norm_backward.default
 
 
 class NormByConstants(torch.autograd.Function):
@@ -108,22 +105,23 @@ class NormByConstants(torch.autograd.Function):
 def input_gradient(dy: Tensor, var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Compute dx = dy * weight / sqrt(var + eps).
 
-    On large maps in float32 and float64 as one product, within 2 ulp of torch's kernel and faster.
-    In half precision s must not be rounded to half before the product (1e-2 off in bfloat16), and
-    on small maps the small operations cost more than the map: there torch's own kernel, with dy
-    and var standing in for the input and the mean, which that gradient does not read.
+    In float32 and float64 as one product, within 2 ulp of torch's kernel and faster. In half
+    precision s must not be rounded to half before the product (1e-2 off in bfloat16): torch's own
+    kernel computes it, with dy and var standing in for the input and the mean, which that gradient
+    does not read. That kernel cannot be differentiated so; a backward of the backward takes the
+    product.
 
     Shape:
         - dy, dx: ``(N, C, *)``; var, weight: ``(C,)``.
     """
-    wide = dy.dtype in (torch.float32, torch.float64) and dy.numel() >= _LARGE
-    if wide or torch.is_grad_enabled():
-        dtype = torch.promote_types(dy.dtype, torch.float32)
-        s = (var.to(dtype) + eps).rsqrt()
-        if weight is not None:
-            s = s * weight.to(dtype)
-        return (dy * s.view(-1, *[1] * (dy.dim() - 2))).to(dy.dtype)
-    dx: Tensor = _backward(dy, dy, weight, var, var, None, None, False, eps, [True, False, False])[
-        0
-    ]
-    return dx
+    half = dy.dtype in (torch.float16, torch.bfloat16)
+    if half and not torch.is_grad_enabled():
+        dx: Tensor = _kernel(
+            dy, dy, weight, var, var, None, None, False, eps, [True, False, False]
+        )[0]
+        return dx
+    s = (var.float() + eps if half else var + eps).rsqrt_()  # (C,)
+    if weight is not None:
+        s.mul_(weight)
+    dx = dy * s.view(-1, *[1] * (dy.dim() - 2))
+    return dx.to(dy.dtype) if half else dx

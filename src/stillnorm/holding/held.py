@@ -31,7 +31,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
 from stillnorm.holding.algebra import needs_plain_ops, norm_by_constants
-from stillnorm.norms.hold import HOLD, Hold
+from stillnorm.norms.hold import HOLD, Affine, Hold
 
 # Forwards whose eval path is F.batch_norm or F.instance_norm by the running statistics alone.
 _TORCH_FORWARDS = (_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward)
@@ -43,6 +43,11 @@ class Guard(nn.Module):
     is_held_class = True
     held_base: type[nn.Module]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Called by type(layer)(...) only: that makes a new layer, which nobody holds.
+        self.__class__ = self.held_base  # type: ignore[assignment]
+
     def train(self, mode: bool = True) -> Any:
         """Note the wish and stay in eval; children and the class's own `train()` follow it."""
         super().train(mode)
@@ -53,7 +58,9 @@ class Guard(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # A class whose own __getstate__ picks attributes loses the record, not the hold.
-        self.__dict__.setdefault(HOLD, Hold("frozen", asked=False, required_grad={}))
+        affine: Affine = "trains" if _requires_grad(self.weight, self.bias) else "frozen"
+        self.__dict__.setdefault(HOLD, Hold(affine, asked=False, required_grad={}))
+        self.__dict__.setdefault("__module__", self.held_base.__module__)
 
     def extra_repr(self) -> str:
         """Say what is held."""
@@ -100,7 +107,9 @@ class OwnForward(nn.Module):
             self.__dict__[HOLD].asked = True
             self.training = False
         affine = self.__dict__[HOLD].affine
-        if affine == "trains" or needs_plain_ops() or not torch.is_grad_enabled():
+        if affine == "trains" or not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        if needs_plain_ops() and not _requires_grad(self.weight, self.bias):
             return super().forward(*args, **kwargs)
         with _HeldNormCall(self):
             return super().forward(*args, **kwargs)
@@ -116,7 +125,7 @@ class _HeldNormCall(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             call = dict(zip(_BATCH_NORM_ARGUMENTS, args, strict=False)) | kwargs
-            if call.get("running_mean") is self.layer.running_mean and not call.get("training"):
+            if self._is_by_constants(call):
                 return norm_by_constants(
                     call["input"],
                     call["running_mean"],
@@ -126,6 +135,26 @@ class _HeldNormCall(TorchFunctionMode):
                     call.get("eps", 1e-5),
                 )
         return func(*args, **kwargs)
+
+    def _is_by_constants(self, call: dict[str, Any]) -> bool:
+        """Tell whether the call is the layer's own, in eval mode, with affine that cannot learn.
+
+        A scale computed on the way, from a gate with parameters of its own, can. The input is no
+        tensor while torch.fx traces.
+        """
+        layer = self.layer
+        given = [call.get("weight"), call.get("bias")]
+        computed = [t for t in given if t is not layer.weight and t is not layer.bias]
+        return (
+            call.get("running_mean") is layer.running_mean
+            and isinstance(call["input"], Tensor)
+            and not call.get("training")
+            and not _requires_grad(*computed)
+        )
+
+
+def _requires_grad(*tensors: Any) -> bool:
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
 
 
 _BATCH_NORM_ARGUMENTS = (
