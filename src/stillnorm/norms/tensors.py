@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+_version_kept = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -31,7 +33,7 @@ def keep_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
     with contextlib.ExitStack() as versions:
         for tensor, _, _ in kept:
             if not tensor.is_inference():
-                versions.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
+                versions.enter_context(_version_kept(tensor))
         try:
             yield
         finally:
@@ -77,8 +79,8 @@ def write(tensor: Tensor, value: Tensor) -> None:
 
 def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the tensors that have a value or could have one, each object once."""
-    by_id = {id(t): t for t in tensors if not isinstance(t, UninitializedTensorMixin)}
-    return list(by_id.values())
+    lazy = UninitializedParameter | UninitializedBuffer
+    return list({id(t): t for t in tensors if not isinstance(t, lazy)}.values())
 
 
 def _layout(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
