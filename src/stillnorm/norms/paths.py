@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 _ALWAYS_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
@@ -34,8 +35,8 @@ def walk(
 ) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
     """Yield every registration of every module as (path, module, ancestors from the root).
 
-    A module registered under two names comes twice. A child called ``module`` that is its
-    parent's only child is a wrapper's, and its name is left out.
+    A module registered under two names comes twice. A child called ``module`` is a wrapper's, and
+    its name is left out, below DistributedDataParallel and where it is the only child at the front.
     """
     yield from _walk(model, (), ())
 
@@ -46,5 +47,11 @@ def _walk(
     yield ".".join(parts), module, ancestors
     children = [(name, child) for name, child in module._modules.items() if child is not None]
     for name, child in children:
-        wraps = name in _ALWAYS_WRAPPERS or (name == "module" and len(children) == 1)
+        wraps = name in _ALWAYS_WRAPPERS or (
+            name == "module"
+            and (
+                isinstance(module, DataParallel | DistributedDataParallel)
+                or (not parts and len(children) == 1)
+            )
+        )
         yield from _walk(child, parts if wraps else (*parts, name), (*ancestors, module))

@@ -82,10 +82,14 @@ def matcher(layers: Layers) -> Callable[[NormLayer], bool]:
 
 
 def _globs(path: str, pattern: str) -> bool:
-    """Tell whether the pattern matches the path or a module above it, component by component."""
-    names, globs = path.split("."), clean_path(pattern).split(".")
-    return len(globs) <= len(names) and all(
-        fnmatchcase(name, glob) for name, glob in zip(names, globs, strict=False)
+    """Tell whether the pattern matches the path or a module above it, component by component.
+
+    A ``module`` at its front may be a wrapper's or the user's own: both readings count.
+    """
+    names = path.split(".")
+    readings = (pattern.split("."), clean_path(pattern).split("."))
+    return any(
+        len(globs) <= len(names) and all(map(fnmatchcase, names, globs)) for globs in readings
     )
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 Family = Literal["batch", "instance", "frozen"]
 
@@ -35,14 +36,13 @@ def is_frozen_batch_norm(module: nn.Module) -> bool:
     Its class, or a base of it, is called something like FrozenBatchNorm2d, and the four tensors
     are buffers.
     """
-    named_so = any(
-        "Frozen" in c.__name__ and "BatchNorm" in c.__name__ for c in type(module).__mro__
-    )
-    buffers = module._buffers
-    return named_so and all(
-        isinstance(buffers.get(name), Tensor)
-        for name in ("weight", "bias", "running_mean", "running_var")
-    )
+    names = [c.__name__ for c in type(module).__mro__]
+    if isinstance(module, torch.jit.ScriptModule):
+        names = [getattr(module, "original_name", "")]
+    if not any("Frozen" in name and "BatchNorm" in name for name in names):
+        return False
+    buffers = {name for name, _ in module.named_buffers(recurse=False)}
+    return {"weight", "bias", "running_mean", "running_var"} <= buffers
 
 
 def comes_from(module: nn.Module, package: str) -> bool:

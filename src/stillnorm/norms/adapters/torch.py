@@ -12,13 +12,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from stillnorm.norms.adapters.adapter import Adapter
+from stillnorm.norms.adapters.adapter import Adapter, is_frozen_batch_norm
 
 
 def _is_scripted(module: nn.Module) -> bool:
+    name = getattr(module, "original_name", "")
     return (
         isinstance(module, torch.jit.ScriptModule)
-        and "BatchNorm" in getattr(module, "original_name", "")
+        and "BatchNorm" in name
+        and not is_frozen_batch_norm(module)
         and hasattr(module, "running_mean")
     )
 
