@@ -7,15 +7,21 @@ mode is the very thing that `model.eval(); ...; model.train()` destroys.
 from __future__ import annotations
 
 import contextlib
-import random
-import sys
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
-from stillnorm.norms import Layers, hold_of, keep_tensors, select
+from stillnorm.norms import Layers, keep_tensors, keep_types, overrides_train, select
+from stillnorm.state.kept import (
+    buffers_kept,
+    gradients_kept,
+    hooks_kept,
+    layers_kept,
+    lazies_kept,
+    modes_kept,
+    random_kept,
+)
 
 
 @contextlib.contextmanager
@@ -24,7 +30,7 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 
     The cure for the plotting or validation block in the middle of a training loop, after which
     `model.train()` would thaw what was frozen. Nests, and survives exceptions and modules that are
-    added or removed inside.
+    added or removed inside. A `train()` of the model's own is called on the way in and out.
 
     Args:
         model: The model.
@@ -41,7 +47,7 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
         >>> net.training, net[1].training
         (True, False)
     """
-    with _modes_kept(model):
+    with modes_kept(model):
         model.eval()
         yield model
 
@@ -62,50 +68,72 @@ def no_updates(model: nn.Module, layers: Layers = None) -> Iterator[nn.Module]:
     Yields:
         The model.
 
+    Raises:
+        SelectorError: `layers` matches nothing.
+
+    Cost:
+        Nothing for torch's own batch norms; for instance norms and layers with a forward of their
+        own one copy of the statistics.
+
     Example:
+        >>> import torch
         >>> net = nn.BatchNorm1d(2)
         >>> with no_updates(net):
         ...     _ = net(torch.randn(8, 2))
         >>> int(net.num_batches_tracked)
         0
     """
-    chosen = [norm.module for norm in select(model, layers) if norm.has_statistics]
+    chosen = [norm for norm in select(model, layers) if norm.has_statistics]
+    lazy = [norm for norm in chosen if norm.is_lazy]
+    modules = [norm.module for norm in chosen if not norm.is_lazy]
     # With track_running_stats off and buffers present, torch's batch norms normalise by the batch
     # in train mode, by the running statistics in eval mode, and write nothing in either.
-    switched = [m for m in chosen if isinstance(m, _BatchNorm) and m.track_running_stats]
+    switched = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
     # Any other forward (instance norm, a subclass with its own) may write: keep the values.
     silent = (_BatchNorm.forward, SyncBatchNorm.forward)
-    others = [m for m in chosen if type(m).forward not in silent]
-    statistics = [
-        tensor
-        for module in others
-        for name in ("running_mean", "running_var", "num_batches_tracked")
-        if isinstance(tensor := getattr(module, name, None), Tensor)
-    ]
-    with keep_tensors(statistics):
-        for module in switched:
-            module.track_running_stats = False
+    others = [m for m in modules if type(m).forward not in silent]
+    with keep_tensors(_statistics(others)), buffers_kept(others):
         try:
+            for module in switched:
+                module.track_running_stats = False
             yield model
         finally:
             for module in switched:
                 module.track_running_stats = True
+            for norm in lazy:
+                if not norm.is_lazy:  # its first forward was inside
+                    norm.module.reset_running_stats()  # type: ignore[operator]
+
+
+def _statistics(modules: list[nn.Module]) -> list[Tensor]:
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    found = (getattr(module, name, None) for module in modules for name in names)
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[nn.Module]:
     """Let anything happen inside the block; afterwards the model is as it came.
 
-    Kept are the mode of every module, all buffers and the affine parameters of norm layers (values
-    and version counters), momentum and the other settings of norm layers, hooks, `requires_grad`
-    and `.grad` of every parameter, and the global random states. Other parameters are not copied:
-    an optimizer step inside the block stays.
+    Kept are
+
+    - of every module: mode, hooks, which tensors are its buffers, and whether it is lazy;
+    - of norm layers: class, hold, momentum and every other attribute;
+    - of tensors: all buffers and the affine parameters of norm layers (objects, bits and version
+      counters), dtype and device of all parameters, `requires_grad` and `.grad`;
+    - the global random states of torch, Python and NumPy.
+
+    Other parameters are not copied: an optimizer step inside the block stays. So do attributes of
+    the user's own modules, and modules added or removed.
 
     Args:
         model: The model.
 
     Yields:
         The model.
+
+    Cost:
+        One copy of all buffers and gradients.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
@@ -116,97 +144,29 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         (True, 0.1)
     """
     norms = select(model)
-    tensors = [*model.buffers(), *(t for norm in norms for t in norm.tensors().values())]
+    modules = list(model.modules())
+    # The innermost is put back first: modes by the model's own train(), which may compute with
+    # parameters and buffers; then which tensors these are; then their values.
     with (
-        _random_kept(),
-        _gradients_kept(model),
-        keep_tensors(tensors),
-        _settings_kept([norm.module for norm in norms]),
-        _hooks_kept(model),
-        _modes_kept(model),
+        random_kept(),
+        gradients_kept(model),
+        keep_tensors(
+            [
+                *model.buffers(),
+                *(tensor for norm in norms for tensor in norm.tensors().values()),
+                *(tensor for module in modules for tensor in _touched_by_train(module)),
+            ]
+        ),
+        layers_kept([norm.module for norm in norms if not norm.is_lazy]),
+        lazies_kept(model),
+        hooks_kept(model),
+        buffers_kept(modules),
+        keep_types(model.parameters()),
+        modes_kept(model),
     ):
         yield model
 
 
-# ---------------------------------------------------------------------- the single things kept
-
-
-@contextlib.contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Keep `training` of every module, and what held layers have been asked for."""
-    flags = [(module, module.training) for module in model.modules()]
-    holds = [(hold, hold.asked) for module, _ in flags if (hold := hold_of(module)) is not None]
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            # The attribute, not train(): overrides of train() would set other modules' modes.
-            module.training = training
-        for hold, asked in holds:
-            hold.asked = asked
-
-
-_SETTINGS = ("eps", "momentum", "affine", "track_running_stats")
-
-
-@contextlib.contextmanager
-def _settings_kept(modules: list[nn.Module]) -> Iterator[None]:
-    kept = [
-        (module, name, module.__dict__[name])
-        for module in modules
-        for name in _SETTINGS
-        if name in module.__dict__
-    ]
-    try:
-        yield
-    finally:
-        for module, name, value in kept:
-            setattr(module, name, value)
-
-
-@contextlib.contextmanager
-def _hooks_kept(model: nn.Module) -> Iterator[None]:
-    """Keep every hook dictionary: the same object with the same hooks in the same order."""
-    kept = [
-        (value, dict(value))
-        for module in model.modules()
-        for name, value in module.__dict__.items()
-        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
-        and isinstance(value, dict)
-    ]
-    try:
-        yield
-    finally:
-        for hooks, before in kept:
-            if list(hooks.items()) != list(before.items()):
-                hooks.clear()
-                hooks.update(before)
-
-
-@contextlib.contextmanager
-def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Keep `requires_grad` and `.grad` of every parameter: the same tensors, with their values."""
-    kept = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    with keep_tensors([grad for _, _, grad in kept if grad is not None]):
-        try:
-            yield
-        finally:
-            for parameter, required, grad in kept:
-                parameter.requires_grad_(required)
-                parameter.grad = grad
-
-
-@contextlib.contextmanager
-def _random_kept() -> Iterator[None]:
-    """Keep the random states of torch (every device in use), Python and, where loaded, NumPy."""
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    try:
-        with torch.random.fork_rng(devices=list(cuda)):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
+def _touched_by_train(module: nn.Module) -> list[Tensor]:
+    """Return the parameters that a `train()` of the module's own may write (LoRA merges)."""
+    return list(module.parameters(recurse=False)) if overrides_train(module) else []
