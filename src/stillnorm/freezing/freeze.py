@@ -10,7 +10,7 @@ from torch import nn
 from stillnorm.errors import RefusedError, StillnormWarning
 from stillnorm.freezing.report import FreezeReport, UnfreezeReport
 from stillnorm.holding import hold, release, remember, why_not, why_not_release
-from stillnorm.norms import Layers, NormLayer, select
+from stillnorm.norms import Layers, NormLayer, probe_modes, select
 from stillnorm.norms.hold import Affine
 
 
@@ -70,6 +70,7 @@ def freeze(
         its input forward and one backward; with learning affine, that of an eval-mode layer.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> _ = net(torch.randn(4, 3, 8, 8))  # statistics to hold
         >>> freeze(net).frozen
@@ -94,7 +95,8 @@ def freeze(
     refused = tuple((norm.path, reason) for norm, reason in refusals.items())
     if strict and refused:
         raise _refused("frozen", refused)
-    _all_or_nothing(todo, lambda module: hold(module, affine))
+    report = FreezeReport(_paths(todo), _paths(done), refused)
+    # Before anything changes: a warning may be an error here.
     if initial := [norm.path or "(root)" for norm in todo if norm.never_estimated]:
         warnings.warn(
             f"frozen with statistics that were never estimated (mean 0, variance 1): "
@@ -103,7 +105,8 @@ def freeze(
             StillnormWarning,
             stacklevel=2,
         )
-    return FreezeReport(_paths(todo), _paths(done), refused)
+    _all_or_nothing(todo, lambda module: hold(module, affine))
+    return report
 
 
 def unfreeze(model: nn.Module, layers: Layers = None) -> UnfreezeReport:
@@ -126,6 +129,7 @@ def unfreeze(model: nn.Module, layers: Layers = None) -> UnfreezeReport:
         The layers' class, mode and `requires_grad`. On any exception nothing.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4, momentum=0.03))
         >>> _ = net(torch.randn(8, 2)), freeze(net), net.train()
         >>> unfreeze(net).unfrozen, type(net[1]).__name__, net[1].training, net[1].momentum
@@ -133,16 +137,17 @@ def unfreeze(model: nn.Module, layers: Layers = None) -> UnfreezeReport:
     """
     chosen = select(model, layers)
     held = tuple(norm for norm in chosen if norm.hold is not None)
-    refusals = {
-        norm: reason for norm in held if (reason := why_not_release(norm.module)) is not None
-    } | {norm: reason for norm in chosen if (reason := _foreign(norm)) is not None}
+    refusals = {norm: reason for norm in held if (reason := why_not_release(norm)) is not None} | {
+        norm: reason for norm in chosen if (reason := _foreign(norm)) is not None
+    }
     todo = tuple(norm for norm in held if norm not in refusals)
-    _all_or_nothing(todo, release)
-    return UnfreezeReport(
+    report = UnfreezeReport(
         unfrozen=_paths(todo),
         not_held=_paths(norm for norm in chosen if norm not in held and norm not in refusals),
         refused=tuple((norm.path, reason) for norm, reason in refusals.items()),
     )
+    _all_or_nothing(todo, release)
+    return report
 
 
 def is_frozen(model: nn.Module, layers: Layers = None) -> bool:
@@ -154,8 +159,8 @@ def is_frozen(model: nn.Module, layers: Layers = None) -> bool:
 
     Returns:
         True when every selected layer would still normalise by its running statistics, and not
-        update them, after `.train()` on the model and on the layer itself: it is held, or it is
-        another library's frozen layer.
+        update them, after `.train()` on the model and on the layer itself: it is held, it is
+        another library's frozen layer, or its own class overrides `train()`.
 
     Raises:
         SelectorError: `layers` matches nothing.
@@ -165,16 +170,18 @@ def is_frozen(model: nn.Module, layers: Layers = None) -> bool:
         >>> is_frozen(net)  # net.train() would thaw it
         False
     """
-    return all(
-        norm.normalizes_by(training=True) == "running"
-        and not norm.updates_statistics(training=True)
-        for norm in select(model, layers)
-    )
+    return all(_stays_frozen(norm) for norm in select(model, layers))
+
+
+def _stays_frozen(norm: NormLayer) -> bool:
+    training = probe_modes(norm.module).in_train[norm.module]
+    by = norm.normalizes_by(training)
+    return by == "running" and not norm.updates_statistics(training)
 
 
 def _is_held_so(norm: NormLayer, affine: Affine) -> bool:
     if norm.family == "frozen":
-        return True
+        return affine == "frozen"
     return norm.hold is not None and norm.hold.affine == affine
 
 

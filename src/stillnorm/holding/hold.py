@@ -18,6 +18,8 @@ _AFFINE = ("weight", "bias")
 def why_not(layer: NormLayer, affine: Affine) -> str | None:
     """Return the reason why the layer cannot be held so, or None when it can."""
     module = layer.module
+    if layer.family == "frozen":
+        return f"weight and bias of {layer.provider}'s {layer.kind} are buffers and cannot train"
     if layer.is_scripted:
         return "a TorchScript module has no class to hold on to: freeze first, script afterwards"
     if layer.is_lazy:
@@ -32,6 +34,18 @@ def why_not(layer: NormLayer, affine: Affine) -> str | None:
         return (
             f"inside {ddp}, which already waits for the gradients of weight and bias: "
             "freeze first, then wrap"
+        )
+    return _why_not_learning_again(layer) if affine == "trains" else None
+
+
+def _why_not_learning_again(layer: NormLayer) -> str | None:
+    """Return the reason why the frozen affine of a held layer cannot train again, if any."""
+    held = layer.hold
+    would = held is not None and held.affine == "frozen" and any(held.required_grad.values())
+    if would and (ddp := _reducer_above(layer)):
+        return (
+            f"inside {ddp}, which was made while weight and bias were frozen and does not "
+            "synchronise their gradients: unwrap first, then wrap again"
         )
     return None
 
@@ -70,16 +84,16 @@ def hold(module: nn.Module, affine: Affine) -> None:
     held.affine = affine
 
 
-def why_not_release(module: nn.Module) -> str | None:
+def why_not_release(layer: NormLayer) -> str | None:
     """Return the reason why a held layer cannot be released, or None when it can."""
-    kind = type(module)
+    kind = type(layer.module)
     base = getattr(kind, "held_base", None)
     if base is None or kind is not held_class(base):
         return (
             f"its class became {kind.__name__} after freeze: "
             "undo what changed it (parametrizations, fully_shard) first"
         )
-    return None
+    return _why_not_learning_again(layer)
 
 
 def release(module: nn.Module) -> None:
