@@ -1,0 +1,80 @@
+"""What a rule reports, and what would repair it: plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stillnorm.reports.document import Severity, Table
+
+Applicability = Literal["safe", "unsafe"]
+Action = Literal["freeze", "recalibrate", "recalibrate and freeze", "momentum"]
+
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")  # worst first
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A change to the model that makes a finding go away.
+
+    It is safe when the eval output and the `state_dict` keys stay, it can be undone, it needs no
+    data, *and* training then does what the user's own flags already declare. Everything else that
+    can be applied is unsafe. Advice that nobody can apply is the finding's `help`.
+
+    Args:
+        title: What it does, in words: "hold the statistics".
+        applicability: ``"safe"`` or ``"unsafe"``.
+        action: Which change; `fixes.py` does it.
+        paths: The layers that it changes.
+    """
+
+    title: str
+    applicability: Applicability
+    action: Action
+    paths: tuple[str, ...]
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it estimates statistics from the batches that `check` was given."""
+        return self.action.startswith("recalibrate")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact about a model, found by one rule; it may be about several layers.
+
+    Args:
+        code: The rule's code, ``"SN201"``.
+        slug: The rule's name, ``"shared-layer"``.
+        severity: ``"error"``: results are or will be silently wrong. ``"warning"``: measurable
+            loss. ``"info"``: waste or advice.
+        paths: The layers, the most telling first.
+        message: What is the case; never what to do about it.
+        evidence: The numbers it rests on, by name.
+        note: A fact beside the message.
+        also: Further layers with the same fault, in words.
+        explains: Symptoms that this is the cause of and that are therefore not reported.
+        help: What the user can change.
+        fix: What stillnorm can change.
+        where: Source lines of the calls, ``"net.py:31"``.
+        table: The evidence laid out for reading.
+    """
+
+    code: str
+    slug: str
+    severity: Severity
+    paths: tuple[str, ...]
+    message: str
+    evidence: Mapping[str, object] = field(default_factory=dict)
+    note: str = ""
+    also: str = ""
+    explains: str = ""
+    help: str = ""
+    fix: Fix | None = None
+    where: tuple[str, ...] = ()
+    table: Table | None = None
+
+    def at_least(self, severity: Severity) -> bool:
+        """Tell whether the finding is as severe as `severity`, or worse."""
+        return SEVERITIES.index(self.severity) <= SEVERITIES.index(severity)

@@ -1,0 +1,98 @@
+"""What a rule is: one class, one file, one kind of fault.
+
+A rule looks at the `Evidence` and yields findings. It changes nothing, and it measures nothing that
+another rule might want too: what is measured belongs to the evidence. Its docstring is its
+documentation, with fixed headings; `stillnorm explain` prints it and a test checks that it is
+complete.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import ClassVar, Literal
+
+from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.finding import Finding, Fix
+from stillnorm.norms import NormLayer
+from stillnorm.reports.document import Severity, Table
+
+Need = Literal["tree", "forward"]
+
+HEADINGS = (
+    "What it finds",
+    "Why it matters",
+    "When it is fine",
+    "Example",
+    "Fix",
+    "References",
+)
+_HEADING = re.compile(rf"^({'|'.join(HEADINGS)}):\n", re.MULTILINE)
+
+
+class Rule(ABC):
+    """Base of all rules.
+
+    Attributes:
+        code: Permanent, ``"SN201"``.
+        slug: Permanent; reads as "allow ...": ``"shared-layer"``. The file is named after it.
+        severity: How bad it usually is; a finding can differ where its evidence says so.
+        needs: ``"tree"``, the modules and their state, or ``"forward"``, batches too.
+        explains: Codes of symptoms that this fault causes on the same layers: they are not
+            reported again.
+    """
+
+    code: ClassVar[str]
+    slug: ClassVar[str]
+    severity: ClassVar[Severity]
+    needs: ClassVar[Need]
+    explains: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def find(self, evidence: Evidence) -> Iterator[Finding]:
+        """Yield what is wrong. Never changes the model."""
+
+    def unexplained(self, evidence: Evidence, layers: Iterable[NormLayer]) -> list[NormLayer]:
+        """Return the layers whose symptom no cause found before accounts for."""
+        return [layer for layer in layers if not evidence.causes.explain(self.code, layer.path)]
+
+    @classmethod
+    def sections(cls) -> dict[str, str]:
+        """Return the documentation: the summary under ``""``, then each heading's text."""
+        summary, *rest = _HEADING.split(inspect.getdoc(cls) or "")
+        return {"": summary.strip()} | {
+            heading: inspect.cleandoc("\n" + text)
+            for heading, text in zip(rest[::2], rest[1::2], strict=True)
+        }
+
+    def finding(
+        self,
+        paths: tuple[str, ...],
+        message: str,
+        *,
+        severity: Severity | None = None,
+        evidence: Mapping[str, object] | None = None,
+        note: str = "",
+        also: str = "",
+        help: str = "",
+        fix: Fix | None = None,
+        where: tuple[str, ...] = (),
+        table: Table | None = None,
+    ) -> Finding:
+        """Make a finding of this rule."""
+        return Finding(
+            code=self.code,
+            slug=self.slug,
+            severity=severity or self.severity,
+            paths=paths,
+            message=message,
+            evidence=evidence or {},
+            note=note,
+            also=also,
+            help=help,
+            fix=fix,
+            where=where,
+            table=table,
+        )

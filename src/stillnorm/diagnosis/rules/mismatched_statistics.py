@@ -1,0 +1,145 @@
+"""SN105: running statistics that do not describe the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.finding import Finding, Fix
+from stillnorm.diagnosis.measure import ENOUGH_SAMPLES, Distance
+from stillnorm.diagnosis.rule import Rule
+from stillnorm.norms import NormLayer
+from stillnorm.reports.document import Table
+from stillnorm.reports.numbers import count, number, short
+
+SHOWN = 3
+
+Seen = tuple[NormLayer, Distance]
+
+
+class MismatchedStatistics(Rule):
+    """A layer's running statistics are far from those of its own input.
+
+    What it finds:
+        Layers whose running mean is more than 0.3 deviations, or whose running variance is more
+        than a factor of about 1.9, from what the batches given show, root mean square over
+        channels, beyond what the sampling of the data explains. The first one in order of the
+        forward comes first; what recalibration would leave is measured.
+
+        The unit is the sample: positions of one image are not independent. The size is estimated
+        without bias (a healthy layer has 0, not one over the root of n) and must also pass a
+        sign-flip test (`effect.py`). Two forwards have to agree. The *batch flow* says whose fault
+        it is: running statistics are averages of batch statistics, and since every layer upstream
+        normalises afresh, an error there does not spread. The *eval flow* says that it matters:
+        batches of one or two samples distort the batch flow, and that is no fault of the
+        statistics.
+
+    Why it matters:
+        This is the usual form of "train mode is fine, eval is not": statistics that are stale, of
+        other preprocessing, of another domain, from before pruning, or from too few updates.
+
+    When it is fine:
+        Few samples, or a sample of one kind only (one class, one scene), show a difference that is
+        real and yet not the model's fault: below 32 samples it is a remark. Held layers, and other
+        libraries' frozen ones, drift from the data by design while the weights are fine-tuned:
+        train and eval agree there, so it is a remark too, without a fix. Measured: recalibrating
+        such networks took one from 91.3 to 82.9 % and another from 95.6 to 97.6 %.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from stillnorm import check
+        >>> net = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2))
+        >>> net[0].num_batches_tracked.fill_(100), net[0].running_mean.fill_(0.1)
+        (tensor(100), tensor([0.1000, ...]))
+        >>> batches = [255 * torch.rand(64, 8)]  # trained on 0..1, given 0..255
+        >>> check(net, batches).findings[0].slug
+        'mismatched-statistics'
+
+    Fix:
+        Unsafe: `sn.recalibrate` on the batches given. When the cause is the input (0..255 for 0..1,
+        another normalisation), mend the input instead.
+
+    References:
+        Wu & Johnson, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576; pytorch/pytorch#5406 and
+        #4741. Thresholds: benchmarks/mismatch_thresholds.py.
+    """
+
+    code = "SN105"
+    slug = "mismatched-statistics"
+    severity = "error"
+    needs = "forward"
+
+    def find(self, evidence: Evidence) -> Iterator[Finding]:
+        """Yield one finding for layers that are free, one for layers that are frozen."""
+        off = [layer for layer in evidence.in_order(evidence.layers) if evidence.mismatched(layer)]
+        far = [
+            (layer, seen)
+            for layer in self.unexplained(evidence, off)
+            if (seen := evidence.distance(layer, "batch"))
+        ]
+        free = [(layer, seen) for layer, seen in far if not evidence.is_held(layer)]
+        held = [(layer, seen) for layer, seen in far if evidence.is_held(layer)]
+        if free:
+            yield self._free(evidence, free)
+        if held:
+            yield self.finding(
+                tuple(layer.path for layer, _ in held),
+                f"the statistics of {count(len(held), 'frozen layer')} describe other data",
+                severity="info",
+                evidence=_numbers(evidence, held),
+                note="train and eval agree, so nothing is wrong",
+                table=_table(evidence, held),
+                where=evidence.where(held[0][0]),
+            )
+
+    def _free(self, evidence: Evidence, layers: Sequence[Seen]) -> Finding:
+        paths = tuple(layer.path for layer, _ in layers)
+        samples = layers[0][1].samples
+        enough = samples >= ENOUGH_SAMPLES
+        others = f", {paths[0]} first" if len(paths) > 1 else ""
+        return self.finding(
+            paths,
+            f"the running statistics of {count(len(paths), 'layer')} are not those of the data"
+            f"{others}",
+            severity="error" if enough else "info",
+            evidence=_numbers(evidence, layers),
+            note="" if enough else f"{samples} samples; from {ENOUGH_SAMPLES} on this is an error",
+            also=count(len(paths) - SHOWN, "more layer") if len(paths) > SHOWN else "",
+            table=_table(evidence, layers),
+            help="sn.recalibrate(model, batches) on training data; where the model's first layer "
+            "is among them, look at the input's scale and normalisation before that",
+            fix=Fix("estimate the statistics anew", "unsafe", "recalibrate", paths),
+            where=evidence.where(layers[0][0]),
+        )
+
+
+def _numbers(evidence: Evidence, layers: Sequence[Seen]) -> dict[str, object]:
+    return {
+        "samples": layers[0][1].samples,
+        "layers": {
+            layer.path: {
+                "mean": seen.mean,
+                "variance_ratio": seen.ratio,
+                "p": seen.p,
+                "mean_recalibrated": _repaired(evidence, layer),
+            }
+            for layer, seen in layers
+        },
+    }
+
+
+def _repaired(evidence: Evidence, layer: NormLayer) -> float | None:
+    """Return what recalibration would leave of the distance of the means."""
+    after = evidence.distance(layer, "recalibrated")
+    return None if after is None else after.mean
+
+
+def _table(evidence: Evidence, layers: Sequence[Seen]) -> Table:
+    rows = []
+    for layer, seen in layers[:SHOWN]:
+        repaired = _repaired(evidence, layer)
+        left = "-" if repaired is None else f"{number(repaired)} sigma"
+        name = layer.path or "(root)"
+        rows.append((name, f"{number(seen.mean)} sigma", f"x {short(seen.ratio)}", left))
+    return Table(("", "mean off by", "variance", "recalibrated"), tuple(rows), "lrrr", gap=3)

@@ -1,0 +1,90 @@
+"""SN102: NaN or infinity in the running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.finding import Finding, Fix
+from stillnorm.diagnosis.rule import Rule
+from stillnorm.norms import NormLayer
+from stillnorm.reports.document import Table
+
+
+class NonFiniteStatistics(Rule):
+    """A NaN or an infinity is in the running statistics, and stays there.
+
+    What it finds:
+        A value that is not finite in `running_mean` or `running_var`.
+
+    Why it matters:
+        One bad batch is enough (an overflow under autocast, a corrupt sample, uninitialised memory
+        in a warm-up), and the running average never recovers: measured, 1000 good batches do not
+        heal it. Train mode does not read the buffers, so the loss looks fine until validation, and
+        a GradScaler that skips the step skips it after the buffers are destroyed.
+
+    When it is fine:
+        Never.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from stillnorm import check
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> _ = net[1].running_var[3].fill_(torch.nan)
+        >>> check(net).findings[0].evidence["first_channel"]
+        3
+
+    Fix:
+        Unsafe: `sn.recalibrate` on the batches given, which does not use the old values.
+
+    References:
+        pytorch/pytorch#90342, #88474 and #96798; open-edge-platform/anomalib#2965.
+    """
+
+    code = "SN102"
+    slug = "non-finite-statistics"
+    severity = "error"
+    needs = "tree"
+    explains = ("SN105",)
+
+    def find(self, evidence: Evidence) -> Iterator[Finding]:
+        """Yield one finding that names every such layer."""
+        poisoned = {layer: bad for layer in evidence.layers if (bad := _bad_channels(layer))}
+        if not poisoned:
+            return
+        paths = tuple(layer.path for layer in poisoned)
+        first = next(iter(poisoned))
+        yield self.finding(
+            paths,
+            "the running statistics hold NaN or infinity: eval outputs are destroyed, train mode "
+            "does not show it",
+            evidence={
+                "first_channel": poisoned[first][0],
+                "channels": {layer.path: len(bad) for layer, bad in poisoned.items()},
+            },
+            table=Table(
+                ("", "channels", "first"),
+                tuple(
+                    (layer.path, f"{len(bad)} of {layer.num_features}", str(bad[0]))
+                    for layer, bad in list(poisoned.items())[:3]
+                ),
+                "lrr",
+            ),
+            help="sn.recalibrate(model, batches); then find the batch that did it "
+            "(overflow in half precision, a corrupt sample)",
+            fix=Fix("estimate the statistics anew", "unsafe", "recalibrate", paths)
+            if evidence.runs
+            else None,
+            where=evidence.where(*poisoned),
+        )
+
+
+def _bad_channels(layer: NormLayer) -> list[int]:
+    mean, var = layer.running_mean, layer.running_var
+    if mean is None or var is None or layer.is_lazy or mean.is_meta or var.is_meta:
+        return []
+    finite = torch.isfinite(mean) & torch.isfinite(var)
+    return (~finite).nonzero().flatten().tolist()

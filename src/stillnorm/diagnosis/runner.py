@@ -1,0 +1,102 @@
+"""`check`: gather the evidence, run the rules, let causes stand for their symptoms."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from torch import nn
+
+from stillnorm.diagnosis.causes import causes_first
+from stillnorm.diagnosis.codes import Names, choose
+from stillnorm.diagnosis.evidence import CannotTell, Score, gather
+from stillnorm.diagnosis.finding import SEVERITIES, Finding
+from stillnorm.diagnosis.report import Crash, Data, Layer, NotRun, Report
+from stillnorm.diagnosis.verdict import judge
+from stillnorm.errors import BatchError
+from stillnorm.tracing import Forward
+
+
+def check(
+    model: nn.Module,
+    batches: object = None,
+    *,
+    forward: Forward | None = None,
+    score: Score | None = None,
+    max_batches: int | None = 8,
+    select: Names | None = None,
+    ignore: Names | None = None,
+) -> Report:
+    """Find what is wrong with a model's norm layers, prove it on your data, say what repairs it.
+
+    Only looks: afterwards the model is as it was, also after an exception.
+
+    Args:
+        model: The model.
+        batches: A DataLoader, a list of batches or one batch, best of training data and as large
+            as in training. Without it the rules that need only the modules run, and the report
+            says which did not.
+        forward: How to call the model: ``forward(model, batch)``. By default ``model(inputs)``
+            with the first item of a pair, or ``model(**batch)`` with a mapping.
+        score: ``score(output, batch)``, higher is better, in your own unit. The report then begins
+            with the score in eval mode, with batch statistics, and recalibrated.
+        max_batches: How many batches are read; None for all.
+        select: Only these rules: codes, beginnings of codes, or slugs.
+        ignore: Not these rules.
+
+    Returns:
+        The findings, what was not checked and why, and the verdict: freeze, recalibrate or train.
+
+    Raises:
+        BatchError: The model cannot be called on a batch; the message has the line to write.
+        RuleError: `select` or `ignore` names no rule.
+
+    Cost:
+        Four forwards per batch, one of which recalibrates, with statistics taken at every norm; no
+        gradient. The norms' statistics are copied.
+
+    Example:
+        >>> import torch
+        >>> from stillnorm import check
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, momentum=0), nn.Linear(8, 2))
+        >>> report = check(net)
+        >>> report.findings[0].code, report.findings[0].paths
+        ('SN002', ('1',))
+    """
+    if score is not None and batches is None:
+        raise BatchError("score= needs batches", help="check(model, batches, score=...)")
+    started = time.perf_counter()
+    chosen = choose(select, ignore)
+    evidence = gather(model, batches, forward=forward, score=score, max_batches=max_batches)
+    findings: list[Finding] = []
+    not_run: list[NotRun] = []
+    crashed: list[Crash] = []
+    for rule in causes_first(chosen):
+        if rule.needs == "forward" and evidence.runs is None:
+            not_run.append(NotRun(rule.code, "needs batches"))
+            continue
+        try:
+            found = list(rule().find(evidence))
+        except CannotTell as reason:
+            not_run.append(NotRun(rule.code, str(reason)))
+        except Exception as error:  # one broken rule must not take the others' findings with it
+            crashed.append(Crash(rule.code, f"{type(error).__name__}: {error}"))
+        else:
+            evidence.causes.add(rule, found)
+            findings += found
+    findings = [replace(f, explains=evidence.causes.told_by(f.code)) for f in findings]
+    findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.code))
+    not_run.sort(key=lambda missed: missed.code)
+    return Report(
+        model=type(model).__name__,
+        layers=tuple(Layer(x.path, x.kind, x.num_features) for x in evidence.layers),
+        findings=tuple(findings),
+        not_run=tuple(not_run),
+        crashed=tuple(crashed),
+        head=None if evidence.runs is None else evidence.runs.head,
+        verdict=judge(evidence, findings),
+        data=None if evidence.runs is None else Data.describe(evidence.runs),
+        seconds=time.perf_counter() - started,
+        _model=model,
+        _runs=evidence.runs,
+    )

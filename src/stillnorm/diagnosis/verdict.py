@@ -1,0 +1,123 @@
+"""Freeze, recalibrate or train? Three numbers and one sentence.
+
+The numbers, in standard deviations of a layer's input, root mean square over the layers that are
+free: how far *batch* statistics scatter at the batch size given; how far the *running* ones are
+off; how far they would be off when *recalibrated*. A structural fault comes first: none of the
+three choices repairs it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from stillnorm.diagnosis.evidence import Evidence, Flow, Head
+from stillnorm.diagnosis.finding import Finding
+from stillnorm.norms import NormLayer
+from stillnorm.reports.numbers import count, number
+
+Choice = Literal["repair", "recalibrate", "freeze", "train", "keep"]
+
+STRUCTURAL = ("SN201", "SN107", "SN206")
+STALE = ("SN004", "SN101", "SN102", "SN105")
+NOISY = 0.2  # deviations: below, batch statistics are as good as any
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do with the model's norms at this batch size.
+
+    Args:
+        choice: ``"repair"`` a fault first; ``"recalibrate"``; ``"freeze"``; ``"train"`` on with
+            batch statistics; ``"keep"``: every norm is frozen, nothing is to decide.
+        sentence: The choice and its reason.
+        batch_size: Samples per batch.
+        batch: Scatter of the batch statistics.
+        running: Distance of the running statistics.
+        recalibrated: Distance of the recalibrated ones.
+    """
+
+    choice: Choice
+    sentence: str
+    batch_size: int
+    batch: float | None = None
+    running: float | None = None
+    recalibrated: float | None = None
+
+
+def judge(evidence: Evidence, findings: Sequence[Finding]) -> Verdict | None:
+    """Draw the verdict; None without batches or without norms that batches reach."""
+    if evidence.runs is None:
+        return None
+    size = evidence.runs.batch_sizes[0]
+    reached = [layer for layer in evidence.layers if evidence.calls(layer)]
+    if not reached:
+        return None
+    free = [layer for layer in reached if evidence.trains_by_batch(layer) and layer.has_statistics]
+    if not free:
+        return Verdict("keep", "no norm layer uses batch statistics: nothing to decide", size)
+    batch = _rms(evidence.noise(layer) for layer in free)
+    running = _off(evidence, free, "eval")
+    recalibrated = _off(evidence, free, "recalibrated")
+    choice, reason = _choose(evidence.runs.head, findings, size, batch, running, recalibrated)
+    return Verdict(choice, reason, size, batch, running, recalibrated)
+
+
+def _choose(
+    head: Head | None,
+    findings: Sequence[Finding],
+    size: int,
+    batch: float | None,
+    running: float | None,
+    recalibrated: float | None,
+) -> tuple[Choice, str]:
+    errors = {finding.code for finding in findings if finding.severity == "error"}
+    stale = {finding.code for finding in findings if finding.severity != "info"} & set(STALE)
+    if structural := [code for code in STRUCTURAL if code in errors]:
+        would_keep = (
+            "" if head is None else f"; freezing now would keep {in_units(head.eval, head)}"
+        )
+        return "repair", f"repair {structural[0]} before anything else{would_keep}"
+    if stale:
+        return "recalibrate", (
+            f"running statistics are off by {_sigma(running)}, recalibrated by "
+            f"{_sigma(recalibrated)}: recalibrate"
+        )
+    numbers = (
+        f"at {count(size, 'sample')} batch statistics are off by {_sigma(batch)}, your running "
+        f"statistics by {_sigma(running)}"
+    )
+    if batch is not None and running is not None and batch > max(NOISY, running):
+        return "freeze", f"{numbers}: freeze"
+    return "train", f"{numbers}: train; freezing would gain nothing"
+
+
+def in_units(value: float, head: Head) -> str:
+    """Write a score in the user's unit: a fraction in percent, anything else as it is.
+
+    Example:
+        >>> in_units(0.214, Head(0.214, 0.984, None)), in_units(-3.1, Head(-3.1, -0.5, None))
+        ('21.4 %', '-3.10')
+    """
+    values = [v for v in (head.eval, head.batch, head.recalibrated) if v is not None]
+    if all(0 <= v <= 1 for v in values):
+        return f"{100 * value:.1f} %"
+    return number(value)
+
+
+def _off(evidence: Evidence, layers: Sequence[NormLayer], flow: Flow) -> float | None:
+    seen = [evidence.distance(layer, flow) for layer in layers]
+    return _rms(None if distance is None else distance.mean for distance in seen)
+
+
+def _rms(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.sqrt(sum(v * v for v in known) / len(known)) if known else None
+
+
+def _sigma(value: float | None) -> str:
+    if value is None:
+        return "an unknown amount"
+    return "less than 0.01 sigma" if value < 0.01 else f"{value:.2f} sigma"
