@@ -11,6 +11,7 @@ from torch import nn
 
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.inspection_screen import document
+from stillnorm.diagnosis.runner import check
 from stillnorm.norms import Modes, NormalizesBy, NormLayer, find_norms, probe_modes, walk
 from stillnorm.reports import Document, json, text
 from stillnorm.tracing import Trace, each_batch, trace
@@ -72,7 +73,7 @@ class Inspection:
         model: The model's class name.
         training: Its flag `training` now.
         layers: One row per norm layer, in registration order.
-        findings: What the rules say that need no data.
+        findings: Errors and warnings of the rules that need no data.
     """
 
     model: str
@@ -126,7 +127,7 @@ def inspect(
         model=_name(model),
         training=model.training,
         layers=tuple(_row(layer, modes, seen) for layer in find_norms(model)),
-        findings=(),
+        findings=tuple(f for f in check(model).findings if f.severity != "info"),
     )
 
 

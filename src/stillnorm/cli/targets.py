@@ -1,0 +1,261 @@
+"""Targets: what a user names on the command line, as Python objects.
+
+``package.module:factory``, ``file.py:factory``, or a call with literal arguments,
+``"timm:create_model('resnet50')"``. A class or a function is called without arguments. Arguments
+are read as literals, never evaluated; the module itself is the user's own code and is run.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from stillnorm.cli.failures import describe
+from stillnorm.errors import TargetError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Function = Callable[..., Any]
+
+_FORMS = "package.module:factory, file.py:factory, or \"package.module:factory('literal', 10)\""
+_CHECKPOINTS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
+_TARGET = re.compile(r"((?:[A-Za-z]:[\\/])?[^:]*):(.+)", re.DOTALL)  # C:\net.py is one name
+
+
+def load_model(target: str) -> nn.Module:
+    """Return the model that a target makes.
+
+    Raises:
+        TargetError: There is no such file, module or name, it raises, or it makes something else.
+    """
+    from torch import nn
+
+    model = _made(target, instance=nn.Module)
+    if not isinstance(model, nn.Module):
+        raise TargetError(
+            f"{target} gives {_a(model)}, not a torch.nn.Module",
+            help="name a function or a class that returns the model",
+        )
+    return model
+
+
+def load_data(target: str) -> object:
+    """Return the batches that a target makes.
+
+    Raises:
+        TargetError: There is no such file, module or name, or it raises.
+    """
+    return _made(target)
+
+
+def load_function(target: str) -> Function:
+    """Return the function that a target names; it is not called.
+
+    Raises:
+        TargetError: There is no such file, module or name, or it is not a function.
+    """
+    found, called = _named(target)
+    if not callable(found):
+        what = "makes" if called else "is"
+        raise TargetError(
+            f"{target} {what} {_a(found)}, not a function", help="name a function: net.py:accuracy"
+        )
+    function: Function = found
+    return function
+
+
+def _made(target: str, instance: type | None = None) -> object:
+    """Return the object itself, or what it returns when it is a class or a function."""
+    found, called = _named(target)
+    makes = isinstance(found, type) or inspect.isroutine(found)
+    return _call(target, found) if makes and not called else found
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def _named(target: str) -> tuple[Any, bool]:
+    """Return what a target names, and whether its own call has been made."""
+    where, what = _split(target)
+    try:
+        expression = ast.parse(what.strip(), mode="eval").body
+    except SyntaxError:
+        raise TargetError(f"{what!r} in {target} is not Python", help=_FORMS) from None
+    call = expression if isinstance(expression, ast.Call) else None
+    names = _dotted(call.func if call else expression, target)
+    args, kwargs = _literals(call, target) if call else ((), {})
+    found: Any = _module(where)
+    for i, name in enumerate(names):
+        found = _attribute(found, name, ".".join([where, *names[:i]]) if i else where)
+    return (_call(target, found, *args, **kwargs), True) if call else (found, False)
+
+
+def _split(target: str) -> tuple[str, str]:
+    match = _TARGET.fullmatch(target)
+    if match and match[1]:
+        return match[1], match[2]
+    path = Path(target.rstrip(":"))
+    if path.suffix in _CHECKPOINTS:
+        raise TargetError(
+            f"{path.name} is a checkpoint; what is in it alone cannot be looked at yet",
+            help=f"put it into its model: net.py:make --weights {path}",
+        )
+    if path.suffix == ".py" and path.is_file():
+        raise TargetError(
+            f"{target} does not say what in the file makes the model",
+            help=f"name it: {' or '.join(f'{path}:{name}' for name in _definitions(path)[:3])}",
+        )
+    raise TargetError(f"{target!r} is not a target", help=f"write {_FORMS}")
+
+
+def _definitions(path: Path) -> list[str]:
+    """List the functions and classes of a file without running it, the last one first."""
+    with contextlib.suppress(SyntaxError, UnicodeDecodeError):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        return [node.name for node in reversed(body) if isinstance(node, kinds)] or ["make"]
+    return ["make"]
+
+
+def _dotted(expression: ast.expr, target: str) -> list[str]:
+    if isinstance(expression, ast.Name):
+        return [expression.id]
+    if isinstance(expression, ast.Attribute):
+        return [*_dotted(expression.value, target), expression.attr]
+    raise TargetError(f"{target} is neither a name nor a call of one", help=f"write {_FORMS}")
+
+
+def _literals(call: ast.Call, target: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    try:
+        if any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError
+        args = tuple(ast.literal_eval(arg) for arg in call.args)
+        return args, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except ValueError:
+        raise TargetError(
+            f"{target} has an argument that is not a literal",
+            help="numbers, strings, lists, dicts, True, False and None can be written here; "
+            "for anything else write a function of your own",
+        ) from None
+
+
+# ------------------------------------------------------------------------------- running
+
+
+def _module(where: str) -> ModuleType:
+    path = Path(where)
+    if path.suffix == ".py":
+        return _file(path)
+    if "/" in where or "\\" in where:
+        raise TargetError(f"{where} is not a .py file", help=f"write {_FORMS}")
+    _make_importable(Path.cwd())
+    try:
+        return importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        if error.name and f"{where}.".startswith(f"{error.name}."):
+            raise TargetError(
+                f"there is no module {where!r}",
+                help="install it, run this where it lies, or name a file: net.py:make",
+            ) from None
+        raise _raised(f"importing {where}", error) from error
+    except (Exception, SystemExit) as error:
+        raise _raised(f"importing {where}", error) from error
+
+
+def _file(path: Path) -> ModuleType:
+    """Run a file as a module, once, whatever its name; its neighbours can be imported."""
+    if not path.is_file():
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=3)
+        raise TargetError(
+            f"there is no file {path}",
+            help=f"nearest: {', '.join(near)}" if near else f"the folder now is {Path.cwd()}",
+        )
+    path = path.resolve()
+    for module in sys.modules.values():
+        if getattr(module, "__file__", None) == str(path):
+            return module
+    name = path.stem if path.stem not in sys.modules else f"stillnorm_target_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise TargetError(f"{path} cannot be imported", help=f"write {_FORMS}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    _make_importable(path.parent)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise _raised(f"importing {path.name}", error) from error
+    return module
+
+
+def _make_importable(folder: Path) -> None:
+    """Put the folder first on the path, as `python file.py` and `python -m module` do."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _attribute(owner: Any, name: str, where: str) -> Any:
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        names = [n for n in dir(owner) if not n.startswith("_")]
+        near = get_close_matches(name, names, n=3, cutoff=0.5)
+        raise TargetError(
+            f"there is no {name!r} in {where}",
+            help=f"nearest: {', '.join(near)}" if near else f"write {_FORMS}",
+        ) from None
+
+
+# ------------------------------------------------------------------------------- calling
+
+
+def _call(target: str, factory: Any, *args: Any, **kwargs: Any) -> Any:
+    if not callable(factory):
+        raise TargetError(f"{target}: {_a(factory)} cannot be called", help=f"write {_FORMS}")
+    with contextlib.suppress(ValueError):  # builtins without a signature
+        signature = inspect.signature(factory)
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            name = target.partition("(")[0]
+            raise TargetError(
+                f"{name}{signature}: {error}",
+                help=f'write the call: "{name}({_example(signature)})"',
+            ) from None
+    try:
+        return factory(*args, **kwargs)
+    except (Exception, SystemExit) as error:
+        raise _raised(target, error) from error
+
+
+def _example(signature: inspect.Signature) -> str:
+    required = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    return ", ".join(f"{name}=..." for name in required)
+
+
+def _raised(what: str, error: BaseException) -> TargetError:
+    return TargetError(
+        f"{what} raised {describe(error)}", help="stillnorm --traceback ... shows all of it"
+    )
+
+
+def _a(value: object) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
