@@ -17,3 +17,4 @@ from stillnorm.norms.tensors import keep_tensors as keep_tensors
 from stillnorm.norms.tensors import keep_types as keep_types
 from stillnorm.norms.tensors import same_bits as same_bits
 from stillnorm.norms.tensors import write as write
+from stillnorm.norms.undo import random_kept as random_kept

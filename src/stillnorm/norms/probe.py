@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from stillnorm.norms.find import find_norms
 from stillnorm.norms.hold import hold_of
 from stillnorm.norms.layer import NormLayer
-from stillnorm.norms.tensors import keep_tensors
+from stillnorm.norms.undo import random_kept, writes_undone
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +56,10 @@ def probe_modes(model: nn.Module) -> Modes:
 
     Cost:
         Nothing for a model without `train()` overrides; otherwise one call of each, and a copy of
-        the tensors that the overriding modules own themselves.
+        what the overrides write.
     """
     modules = list(model.modules())
-    if not any(overrides_train(module) for module in modules):
+    if not any(overrides_train(m) for m in modules) and type(model).eval is nn.Module.eval:
         held = {module: hold_of(module) is not None for module in modules}
         return Modes(
             in_train={module: not held[module] for module in modules},
@@ -86,58 +86,77 @@ def overrides_train(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
-    """Put back what `train()` overrides can change: attributes, flags, tensors they own.
+    """Put back what `train()` overrides can change: attributes, flags, tensors, random states.
 
     Overrides below which there is no norm layer (LoRA layers that merge their weights, say) cannot
     matter to a norm layer and are not called at all: an instance attribute shadows them meanwhile.
     """
-    relevant = {id(m) for norm in find_norms(model) for m in (norm.module, *norm.ancestors)}
-    modules = list(model.modules())
-    attributes = {module: _shallow(module) for module in modules}
-    grads = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    holds = [(hold, hold.asked) for m in modules if (hold := hold_of(m)) is not None]
-    owned = [
+    modules: dict[nn.Module, dict[str, object]] = {}
+    containers: dict[int, tuple[_Container, _Container]] = {}
+    _note(model, modules, containers)
+    tensors = [
         tensor
         for module in modules
-        if overrides_train(module) and id(module) in relevant
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     ]
+    grads = [(p, p.requires_grad, p.grad) for p in tensors if isinstance(p, nn.Parameter)]
+    flags = [(module, module.training) for module in modules if hasattr(module, "training")]
+    holds = [(hold, hold.asked) for m in modules if (hold := hold_of(m)) is not None]
     for module in modules:
-        if overrides_train(module) and id(module) not in relevant:
+        if overrides_train(module) and not find_norms(module):
             module.__dict__["train"] = lambda mode=True, module=module: module
     try:
-        with keep_tensors(owned):
+        with writes_undone(tensors), random_kept():
             yield
     finally:
-        for module, saved in attributes.items():
-            _restore(module, saved)
+        for module, attributes in modules.items():
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for container, items in containers.values():
+            _restore(container, items)
+        for module, training in flags:
+            if module.training != training:  # TorchScript keeps it elsewhere
+                module.training = training
         for parameter, required, grad in grads:
-            parameter.requires_grad_(required)
-            parameter.grad = grad
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
+            if parameter.grad is not grad:
+                parameter.grad = grad
         for hold, asked in holds:
             hold.asked = asked
 
 
-_Saved = dict[str, tuple[object, object]]
+_Container = dict[object, object] | list[object] | set[object]
 
 
-def _shallow(module: nn.Module) -> _Saved:
-    """Note the module's attributes, and the items of those that are containers."""
-    return {
-        name: (value, value.copy() if isinstance(value, dict | list | set) else None)
-        for name, value in module.__dict__.items()
-    }
+def _note(
+    value: object,
+    modules: dict[nn.Module, dict[str, object]],
+    containers: dict[int, tuple[_Container, _Container]],
+) -> None:
+    """Note a module's attributes or a container's items, and everything in them.
+
+    Modules in plain lists and dicts count too: a `train()` may set modes that `modules()` misses.
+    """
+    inside: Iterable[object] = ()
+    if isinstance(value, nn.Module):
+        if value not in modules:
+            modules[value] = dict(value.__dict__)
+            inside = value.__dict__.values()
+    elif isinstance(value, dict | list | set):
+        if id(value) not in containers:
+            containers[id(value)] = value, value.copy()
+            inside = value.values() if isinstance(value, dict) else value
+    elif isinstance(value, tuple):
+        inside = value
+    for item in list(inside):
+        _note(item, modules, containers)
 
 
-def _restore(module: nn.Module, saved: _Saved) -> None:
-    """Put the attributes back: the same objects, containers with the same items."""
-    now = module.__dict__
-    for name in [name for name in now if name not in saved]:
-        del now[name]
-    for name, (value, items) in saved.items():
-        now[name] = value
-        if isinstance(value, list) and isinstance(items, list):
-            value[:] = items
-        elif isinstance(value, dict | set) and isinstance(items, dict | set):
-            value.clear()
-            value.update(items)
+def _restore(container: _Container, items: _Container) -> None:
+    """Put the same items back into the same container, in the same order."""
+    container.clear()
+    if isinstance(container, list):
+        container.extend(items)
+    else:
+        container.update(items)  # type: ignore[arg-type]

@@ -7,11 +7,8 @@ them together.
 from __future__ import annotations
 
 import contextlib
-import random
-import sys
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -143,19 +140,3 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
                     parameter.requires_grad_(required)
                 if parameter.grad is not grad:
                     parameter.grad = grad
-
-
-@contextlib.contextmanager
-def random_kept() -> Iterator[None]:
-    """Keep the random states of torch (CPU, and CUDA in use), Python and, where loaded, NumPy."""
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    try:
-        with torch.random.fork_rng(devices=list(cuda)):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)

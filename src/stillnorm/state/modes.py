@@ -12,7 +12,14 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
-from stillnorm.norms import Layers, keep_tensors, keep_types, overrides_train, select
+from stillnorm.norms import (
+    Layers,
+    keep_tensors,
+    keep_types,
+    overrides_train,
+    random_kept,
+    select,
+)
 from stillnorm.state.kept import (
     buffers_kept,
     gradients_kept,
@@ -20,7 +27,6 @@ from stillnorm.state.kept import (
     layers_kept,
     lazies_kept,
     modes_kept,
-    random_kept,
 )
 
 
