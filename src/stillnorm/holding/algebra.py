@@ -108,14 +108,14 @@ def input_gradient(dy: Tensor, var: Tensor, weight: Tensor | None, eps: float) -
     In float32 and float64 as one product, within 2 ulp of torch's kernel and faster. In half
     precision s must not be rounded to half before the product (1e-2 off in bfloat16): torch's own
     kernel computes it, with dy and var standing in for the input and the mean, which that gradient
-    does not read. That kernel cannot be differentiated so; a backward of the backward takes the
-    product.
+    does not read. That kernel cannot be differentiated so, and divides by zero on an empty batch:
+    those take the product.
 
     Shape:
         - dy, dx: ``(N, C, *)``; var, weight: ``(C,)``.
     """
     half = dy.dtype in (torch.float16, torch.bfloat16)
-    if half and not torch.is_grad_enabled():
+    if half and dy.numel() and not torch.is_grad_enabled():
         dx: Tensor = _kernel(
             dy, dy, weight, var, var, None, None, False, eps, [True, False, False]
         )[0]
