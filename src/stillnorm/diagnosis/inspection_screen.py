@@ -40,7 +40,7 @@ def document(inspection: Inspection, *, all: bool) -> Document:
         _table(rows),
         Line(""),
         *_legend(layers),
-        *_pointers(inspection.findings),
+        *_pointers(inspection),
     )
     return Document(_headline(inspection, len(rows)), blocks)
 
@@ -227,22 +227,23 @@ def _legend(layers: tuple[Inspected, ...]) -> Iterator[Line]:
     )
 
 
-def _pointers(findings: tuple[Finding, ...]) -> Iterator[Block]:
+def _pointers(inspection: Inspection) -> Iterator[Block]:
     """Point from the marked rows to the rules that explain them."""
-    if not findings:
+    if not inspection.findings:
         return
     yield Line("")
-    yield Table(
-        (),
-        tuple(
-            (Span("!", "error"), _who(finding.paths), f"{finding.message} ({finding.code})")
-            for finding in findings
-        ),
-        "lll",
+    rows = (
+        (Span("!", "error"), _who(finding, inspection), f"{finding.message} ({finding.code})")
+        for finding in inspection.findings
     )
+    yield Table((), tuple(rows), "lll")
     yield Line("run: stillnorm check to measure it, stillnorm explain CODE to read about it")
 
 
-def _who(paths: tuple[str, ...]) -> str:
-    first = paths[0] or "(root)"
-    return first if len(paths) == 1 else f"{first} and {len(paths) - 1} more"
+def _who(finding: Finding, inspection: Inspection) -> str:
+    first, others = finding.paths[0] or "(root)", len(finding.paths) - 1
+    if others == 0:
+        return first
+    if len(finding.paths) == len(inspection.layers):
+        return "all of them"
+    return f"{first} and {others} more"
