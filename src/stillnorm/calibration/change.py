@@ -1,0 +1,76 @@
+"""New running statistics for one layer, in the dtype of its buffers, not yet written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stillnorm.calibration.moments import Statistics
+from stillnorm.calibration.pooled import Pool
+from stillnorm.calibration.report import Recalibrated, mean_moved, var_ratio
+from stillnorm.errors import CalibrationError
+from stillnorm.norms import NormLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What is to change in one layer.
+
+    Args:
+        layer: The layer.
+        samples: The number of samples that it received.
+        count: The number of values behind the statistics.
+        before: Its statistics by name, copied.
+        after: The same with new values, in the dtype and on the device of the buffers.
+    """
+
+    layer: NormLayer
+    samples: int
+    count: int
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, layer: NormLayer, pool: Pool, statistics: Statistics) -> Change:
+        """Prepare the change of a layer to new statistics, from what it received.
+
+        Raises:
+            CalibrationError: The statistics do not fit the dtype of the buffers.
+        """
+        new = {"running_mean": statistics.mean, "running_var": statistics.variance()}
+        if layer.family == "batch" and layer.num_batches_tracked is not None:
+            # torch's instance norm never counts.
+            new["num_batches_tracked"] = layer.num_batches_tracked + pool.calls
+        before = {name: layer.tensors()[name].detach().clone() for name in new}
+        after = {name: value.to(before[name]) for name, value in new.items()}
+        for name, value in after.items():
+            if not value.isfinite().all():
+                raise CalibrationError(
+                    f"{layer.path}: its {name} of {new[name].abs().max():.3g} does not fit "
+                    f"{str(value.dtype).removeprefix('torch.')}",
+                    help="keep norm layers in float32; nothing was changed",
+                )
+        return cls(layer, pool.samples, statistics.count, before, after)
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the tensors to write, each with its new value."""
+        return [(self.layer.tensors()[name], value) for name, value in self.after.items()]
+
+    def reported(self) -> Recalibrated:
+        """Return the change as the report has it."""
+        mean = self.before["running_mean"], self.after["running_mean"]
+        var = self.before["running_var"], self.after["running_var"]
+        eps = self.layer.eps
+        return Recalibrated(
+            path=self.layer.path,
+            paths=self.layer.paths,
+            samples=self.samples,
+            count=self.count,
+            mean_before=mean[0],
+            mean_after=mean[1],
+            var_before=var[0],
+            var_after=var[1],
+            mean_moved=mean_moved(*mean, var[1], eps),
+            var_ratio=var_ratio(*var, eps),
+        )

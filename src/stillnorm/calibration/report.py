@@ -1,0 +1,142 @@
+"""What recalibrate did: per layer the statistics before and after, and the way back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from stillnorm.calibration.commit import write_all
+from stillnorm.errors import StateError
+from stillnorm.reports import Block, Document, Line, Table, text
+from stillnorm.reports.json import Jsonable, to_jsonable
+from stillnorm.reports.numbers import count, number
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Recalibrated:
+    """One layer with new running statistics.
+
+    Args:
+        path: Its path.
+        paths: All its paths.
+        samples: The number of samples that it received.
+        count: The number of values in each channel behind its statistics; of an instance norm,
+            of samples.
+        mean_before: `running_mean` before, (C,).
+        mean_after: `running_mean` now, (C,).
+        var_before: `running_var` before, (C,).
+        var_after: `running_var` now, (C,).
+        mean_moved: How far the mean moved, in deviations of what the layer receives: root mean
+            square over the channels.
+        var_ratio: The new variance over the old, eps included: geometric mean over the channels.
+    """
+
+    path: str
+    paths: tuple[str, ...]
+    samples: int
+    count: int
+    mean_before: Tensor
+    mean_after: Tensor
+    var_before: Tensor
+    var_after: Tensor
+    mean_moved: float
+    var_ratio: float
+
+
+def mean_moved(before: Tensor, after: Tensor, var: Tensor, eps: float) -> float:
+    r"""Return sqrt(Σ_c (after - before)² / (var + eps) / C), in float64."""
+    before, after, var = before.double(), after.double(), var.double()
+    return math.sqrt(float(((after - before).square() / (var + eps)).mean()))
+
+
+def var_ratio(before: Tensor, after: Tensor, eps: float) -> float:
+    r"""Return exp(Σ_c log((after + eps) / (before + eps)) / C), in float64."""
+    return float(((after.double() + eps) / (before.double() + eps)).log().mean().exp())
+
+
+@dataclass(frozen=True, eq=False)
+class RecalibrationReport:
+    """What `recalibrate` did.
+
+    Args:
+        layers: The layers with new statistics, in registration order.
+        unreached: Paths of layers that no batch reached; they keep their statistics.
+        held: Paths of held layers, left alone because they were not named.
+        refused: (path, reason) of layers that cannot be recalibrated.
+        batches: The number of batches.
+        samples: The number of samples in them.
+    """
+
+    layers: tuple[Recalibrated, ...]
+    unreached: tuple[str, ...]
+    held: tuple[str, ...]
+    refused: tuple[tuple[str, str], ...]
+    batches: int
+    samples: int
+    _before: Mapping[nn.Module, Mapping[str, Tensor]] = field(repr=False)
+
+    def undo(self) -> None:
+        """Put the statistics back, bit for bit: all of them, or none.
+
+        Raises:
+            StateError: A layer has lost its statistics since, or has others of another shape.
+        """
+        changes = []
+        for module, tensors in self._before.items():
+            for name, value in tensors.items():
+                tensor = getattr(module, name, None)
+                if not isinstance(tensor, Tensor) or tensor.shape != value.shape:
+                    raise StateError(
+                        f"a {type(module).__name__} no longer has the {name} that was recalibrated",
+                        help="undo before changing the model further",
+                    )
+                changes.append((tensor, value.to(tensor)))
+        write_all(changes)
+
+    def document(self) -> Document:
+        """Return the report as a document."""
+        title = (
+            f"{count(len(self.layers), 'layer')} recalibrated on "
+            f"{count(self.batches, 'batch')}, {count(self.samples, 'sample')}"
+        )
+        most = sorted(self.layers, key=_unsettled, reverse=True)[:_SHOWN]
+        rows = tuple(
+            (
+                layer.path or "(root)",
+                str(layer.count),
+                number(layer.mean_moved),
+                number(layer.var_ratio),
+            )
+            for layer in most
+        )
+        blocks: list[Block] = []
+        if rows:
+            header = ("moved most", "values", "mean moved (sigma)", "variance x")
+            blocks += [Line(""), Table(header, rows, "lrrr")]
+        if len(self.layers) > _SHOWN:
+            blocks.append(Line(f"and {len(self.layers) - _SHOWN} more, which moved less"))
+        for label, paths in (("not reached", self.unreached), ("held, left alone", self.held)):
+            if paths:
+                blocks.append(Line(f"{label}: {', '.join(path or '(root)' for path in paths)}"))
+        if self.refused:
+            reasons = tuple((path or "(root)", reason) for path, reason in self.refused)
+            blocks += [Line(""), Table(("refused", "because"), reasons, "ll")]
+        return Document(title, tuple(blocks))
+
+    def to_json(self) -> Jsonable:
+        """Return the report as plain data."""
+        return to_jsonable(self)
+
+    def __str__(self) -> str:
+        return text.write(self.document())
+
+
+def _unsettled(layer: Recalibrated) -> float:
+    """Rank layers by how far they moved; from NaN, farthest."""
+    moved = max(layer.mean_moved, abs(math.log(layer.var_ratio)) if layer.var_ratio > 0 else 0.0)
+    return math.inf if math.isnan(layer.mean_moved + layer.var_ratio) else moved

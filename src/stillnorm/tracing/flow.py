@@ -1,0 +1,153 @@
+"""Running a model under instruments, batch by batch, in the modes that an investigation needs.
+
+eval    the whole model in eval mode
+batch   the same, but every norm that would not normalise by its running statistics in train mode
+        does as it would in train mode; dropout stays off
+as_is   the model's present modes
+
+In none of them is anything updated, and the model is left as it was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Collection, Iterator
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from stillnorm.errors import BatchError, StateError, StillnormError
+from stillnorm.norms import NormLayer, find_norms, probe_modes, walk
+from stillnorm.state import no_updates, preserved
+from stillnorm.tracing.batches import first_line
+from stillnorm.tracing.calling import Forward, call
+from stillnorm.tracing.instrument import Instrument, Normalization
+from stillnorm.tracing.measures import Measure, by_samples
+
+Flow = Literal["eval", "batch", "as_is"]
+
+
+class Run:
+    """A model under instruments; call it once per batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        norms: Collection[NormLayer],
+        by_batch: Collection[NormLayer],
+        forward: Forward | None,
+        measure: Measure,
+    ) -> None:
+        self.norms = norms
+        self.batches = 0
+        self._model = model
+        self._by_batch = by_batch
+        self._forward = forward
+        self._measure = measure
+
+    def __call__(self, batch: object) -> tuple[object, list[Normalization]]:
+        """Run one batch.
+
+        Returns:
+            The model's output, and what its norm layers normalised, in order.
+
+        Raises:
+            BatchError: The forward raised. Names the batch and the layer.
+        """
+        instrument = Instrument(self.norms, self._by_batch, self._measure)
+        try:
+            with instrument.watching():
+                output = call(self._model, batch, self._forward)
+        except StillnormError:
+            raise
+        except Exception as error:
+            raise BatchError(
+                f"batch {self.batches}: the forward raised{_where(instrument, error)} "
+                f"{first_line(error)}",
+                help="nothing was changed; the error above has the line",
+            ) from error
+        self.batches += 1
+        return output, instrument.seen
+
+
+@contextlib.contextmanager
+def running(
+    model: nn.Module,
+    *,
+    forward: Forward | None = None,
+    flow: Flow = "eval",
+    by_batch: Collection[NormLayer] | None = None,
+    measure: Measure = by_samples,
+) -> Iterator[Run]:
+    """Put a model under instruments.
+
+    Args:
+        model: The model.
+        forward: How to call it on a batch; see `call`.
+        flow: The modes to run in.
+        by_batch: With flow "batch": the norms that do as in train mode. Default: all that nothing
+            holds.
+        measure: How to measure what is normalised.
+
+    Yields:
+        The run, to be called on each batch.
+
+    Raises:
+        StateError: The model has lazy modules, which a first forward would change.
+    """
+    _refuse_lazy(model)
+    norms = find_norms(model)
+    if flow != "batch":
+        by_batch = ()
+    elif by_batch is None:
+        by_batch = train_by_input(model, norms)
+    with preserved(model), no_updates(model), torch.no_grad(), _eager():
+        if flow != "as_is":
+            model.eval()
+        for layer in by_batch:
+            # The attribute, not train(): overrides of train() would set other modules' modes.
+            layer.module.training = True
+        yield Run(model, norms, by_batch, forward, measure)
+
+
+def train_by_input(model: nn.Module, norms: Collection[NormLayer]) -> tuple[NormLayer, ...]:
+    """Return the norms that `model.train()` would leave normalising by their input."""
+    in_train = probe_modes(model).in_train
+    return tuple(
+        layer
+        for layer in norms
+        if in_train[layer.module] and layer.normalizes_by(training=True) != "running"
+    )
+
+
+@contextlib.contextmanager
+def _eager() -> Iterator[None]:
+    """Run compiled code as written: the hooks would not fire in it."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for path, module, _ in walk(model):
+        if isinstance(module, LazyModuleMixin) and (
+            module.cls_to_become is not None or module.has_uninitialized_params()
+        ):
+            raise StateError(
+                f"{path} is a {type(module).__name__}: its first forward would change the model",
+                help="call the model once on a batch first",
+            )
+
+
+def _where(instrument: Instrument, error: Exception) -> str:
+    """Say in which norm layer the error was raised, or after which."""
+    if instrument.failed is not None and instrument.failed[0] is error:
+        return f" in {instrument.failed[1].path}:"
+    if instrument.seen:
+        return f" after {instrument.seen[-1].layer.path}:"
+    return ""

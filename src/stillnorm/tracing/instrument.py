@@ -1,0 +1,163 @@
+"""Seeing every call of every norm layer while a model runs.
+
+What a forward really used is read from the call that normalises, `F.batch_norm` and its kind, not
+from flags: a TorchFunctionMode sees it, whatever class the layer is of. Global module hooks tell
+whose call it is; hooks on the model itself would be missed where parts of it are compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from stillnorm.norms import NormalizesBy, NormLayer
+from stillnorm.tracing.batches import tensors_in
+from stillnorm.tracing.kernels import Kernel, kernel_of
+from stillnorm.tracing.mark import Mark
+from stillnorm.tracing.measures import Measure, by_samples
+from stillnorm.tracing.samples import sample_moments
+from stillnorm.tracing.site import Site, calling_site
+
+
+@dataclass(frozen=True, eq=False)
+class Normalization:
+    """One input that a layer normalised.
+
+    Args:
+        layer: The layer.
+        site: The user's line that called it.
+        shape: The input's shape, (N, C, *).
+        dtype: The input's dtype.
+        used: The statistics that were used.
+        moments: The moments of the input, (3, G, C); see `measures`.
+        mark: The mark of the output.
+    """
+
+    layer: NormLayer
+    site: Site | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    used: NormalizesBy
+    moments: Tensor
+    mark: Mark | None
+
+    @property
+    def samples(self) -> int:
+        """The number of samples, N."""
+        return self.shape[0]
+
+    @property
+    def values(self) -> int:
+        """The number of values in each channel."""
+        return self.samples * math.prod(self.shape[2:])
+
+
+@dataclass(eq=False)
+class _Visit:
+    """A norm layer whose forward is running."""
+
+    layer: NormLayer
+    site: Site | None
+    normalized: bool = False
+
+
+class Instrument(TorchFunctionMode):
+    """Records what the norm layers of a model normalise, and by which statistics.
+
+    A call that would update running statistics gets none to update.
+
+    Args:
+        layers: The layers to watch.
+        by_batch: The layers in train mode for the sake of batch statistics. An input with one
+            value per channel, at which torch raises, passes them by their running statistics.
+        measure: How to measure what a call normalises.
+    """
+
+    def __init__(
+        self,
+        layers: Collection[NormLayer],
+        by_batch: Collection[NormLayer],
+        measure: Measure = by_samples,
+    ) -> None:
+        super().__init__()
+        self.seen: list[Normalization] = []
+        self.failed: tuple[BaseException | None, NormLayer] | None = None
+        self._layers = {layer.module: layer for layer in layers}
+        self._by_batch = {layer.module for layer in by_batch}
+        self._measure = measure
+        self._visits: list[_Visit] = []
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record while the block runs."""
+        with contextlib.ExitStack() as stack:
+            enter = register_module_forward_pre_hook(self._enter)
+            stack.callback(enter.remove)
+            leave = register_module_forward_hook(self._leave, with_kwargs=True, always_call=True)
+            stack.callback(leave.remove)
+            stack.enter_context(self)
+            yield
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if (layer := self._layers.get(module)) is not None:
+            self._visits.append(_Visit(layer, calling_site()))
+
+    def _leave(self, module: nn.Module, args: Any, *rest: Any) -> None:
+        if not self._visits or self._visits[-1].layer.module is not module:
+            return
+        visit = self._visits.pop()
+        if len(rest) == 1:  # the forward raised: torch passes no keyword arguments then
+            self.failed = (sys.exception(), visit.layer)
+        elif not visit.normalized:  # a foreign frozen layer, or a formula of the user's own
+            kwargs, output = rest
+            used = visit.layer.normalizes_by(module.training)
+            for x in tensors_in((args, kwargs)):
+                self._record(visit, x, used, sample_moments(x), output)
+                return
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        kernel = kernel_of(func, args, kwargs) if self._visits else None
+        if kernel is None:
+            return func(*args, **kwargs)
+        visit = self._visits[-1]
+        visit.normalized = True
+        kernel = self._chosen(kernel, visit.layer)
+        output, moments = self._measure(kernel)
+        self._record(visit, kernel.input, kernel.used, moments, output)
+        return output
+
+    def _chosen(self, kernel: Kernel, layer: NormLayer) -> Kernel:
+        """Return the call to make in place of `kernel`: one that updates nothing."""
+        if kernel.used == "running":
+            return kernel
+        if kernel.values < 2 and layer.module in self._by_batch and layer.has_statistics:
+            return kernel.by_running(*_usable_statistics(layer))
+        return kernel.by_input()
+
+    def _record(
+        self, visit: _Visit, x: Tensor, used: NormalizesBy, moments: Tensor, output: object
+    ) -> None:
+        mark = next((Mark.of(y) for y in tensors_in(output)), None)
+        shape = tuple(x.shape)
+        self.seen.append(
+            Normalization(visit.layer, visit.site, shape, x.dtype, used, moments, mark)
+        )
+
+
+def _usable_statistics(layer: NormLayer) -> tuple[Tensor, Tensor]:
+    """Return the layer's running statistics, with a fresh layer's 0 and 1 in broken channels."""
+    mean, var = layer.module.get_buffer("running_mean"), layer.module.get_buffer("running_var")
+    sound = mean.isfinite() & var.isfinite() & (var > 0)
+    return mean.where(sound, 0), var.where(sound, 1)
