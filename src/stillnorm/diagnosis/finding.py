@@ -78,3 +78,18 @@ class Finding:
     def at_least(self, severity: Severity) -> bool:
         """Tell whether the finding is as severe as `severity`, or worse."""
         return SEVERITIES.index(self.severity) <= SEVERITIES.index(severity)
+
+
+def source_lines(where: tuple[str, ...]) -> str:
+    """Write source lines with each file named once.
+
+    Example:
+        >>> source_lines(("net.py:31", "net.py:33", "head.py:8"))
+        'net.py:31, 33, head.py:8'
+    """
+    shown, last = [], ""
+    for site in where:
+        file, _, line = site.rpartition(":")
+        shown.append(line if file == last else site)
+        last = file
+    return ", ".join(shown)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from stillnorm.diagnosis.evidence import Head
-from stillnorm.diagnosis.finding import Finding
+from stillnorm.diagnosis.finding import Finding, source_lines
 from stillnorm.diagnosis.verdict import in_units
 from stillnorm.reports.document import Block, Diagnostic, Document, Line, Span, Table
 from stillnorm.reports.numbers import count
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 OPEN = 3  # findings shown in full; the rest take a line each
 PATHS = 3
+LINES = 6
 
 
 def lay_out(report: Report, verbose: bool) -> Document:
@@ -76,7 +77,9 @@ def _cause(head: Head, recalibrated: float) -> str:
         return ""
     if closed >= 0.8 * gap:
         return "so stale statistics are the cause"
-    return "so stale statistics are not the cause" if closed <= 0.2 * gap else ""
+    if closed <= 0.2 * gap:
+        return "so stale statistics are not the cause"
+    return "so stale statistics are part of the cause"
 
 
 def _diagnostic(report: Report, finding: Finding) -> Diagnostic:
@@ -107,9 +110,8 @@ def _where(report: Report, finding: Finding) -> str:
     else:
         names = ", ".join(_name(path) for path in paths[:PATHS])
         names += f" and {len(paths) - PATHS} more" if len(paths) > PATHS else ""
-    lines = ", ".join(finding.where[:PATHS])
-    more = f" and {len(finding.where) - PATHS} more" if len(finding.where) > PATHS else ""
-    return f"{names}   {lines}{more}".rstrip()
+    more = f" and {len(finding.where) - LINES} more" if len(finding.where) > LINES else ""
+    return f"{names}   {source_lines(finding.where[:LINES])}{more}".rstrip()
 
 
 def _name(path: str) -> str:

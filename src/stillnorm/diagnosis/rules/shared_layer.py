@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from stillnorm.diagnosis.evidence import Evidence
-from stillnorm.diagnosis.finding import Finding
+from stillnorm.diagnosis.finding import Finding, source_lines
 from stillnorm.diagnosis.measure import Distance, Samples, between, samples_of
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
@@ -83,7 +83,7 @@ class SharedLayer(Rule):
             also=", ".join(_also(evidence, seen) for seen in others),
             table=_table(first),
             help="write one norm per call (nn.ModuleList, never a plain list); recalibration "
-            "cannot help: there is one set of statistics to estimate",
+            "alone cannot repair it: there is only one set of statistics to estimate",
             where=evidence.where(first.layer),
         )
 
@@ -114,9 +114,8 @@ def _words(n: int) -> str:
 
 
 def _also(evidence: Evidence, seen: _Shared) -> str:
-    lines = ", ".join(evidence.where(seen.layer))
-    calls = count(len(seen.sites), "call")
-    return f"{seen.layer.path} ({calls}{', ' if lines else ''}{lines})"
+    calls, lines = count(len(seen.sites), "call"), source_lines(evidence.where(seen.layer))
+    return f"{seen.layer.path} ({calls}, {lines})" if lines else f"{seen.layer.path} ({calls})"
 
 
 def _table(seen: _Shared) -> Table:
