@@ -352,7 +352,7 @@ def test_the_screen():
         == """\
 Sequential: 3 norm layers, 1 held, train mode now
 
-all of them: BatchNorm2d, eps 1e-05, float32
+everywhere: BatchNorm2d, eps 1e-05, float32
 
 path   C  train()  eval()   updates  affine  held       seen  variance
 stem   8  running  running  -        frozen  stillnorm   312  0.1 .. 4

@@ -56,7 +56,7 @@ def check(
     if score is not None and data is None:
         raise click.UsageError("--score needs --data")
     loaded = load(target, weights, data, forward, device)
-    scorer = None if score is None else targets.load_function(score)
+    scorer = None if score is None else targets.load_function(score, "output", "batch")
     with working("checking"):
         from stillnorm.diagnosis import check as examine
 

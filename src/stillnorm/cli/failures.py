@@ -6,18 +6,20 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
+from typing import Literal
 
 import click
 
 import stillnorm
-from stillnorm.errors import StillnormError
+from stillnorm.errors import BatchError, StillnormError
 
 FINDINGS = 1  # or, for `diff`, differences
 BAD_USAGE = 2  # or unreadable input, or code of the user's that raised
 INTERNAL = 3
 INTERRUPTED = 130  # as shells say it
 
+WHOLE = "stillnorm --traceback ... shows all of it"
 _OURS = Path(stillnorm.__file__).parent
 
 
@@ -34,15 +36,29 @@ def report(error: BaseException, *, whole: bool) -> int:
         click.echo("interrupted", err=True)
         return INTERRUPTED
     if isinstance(error, StillnormError):
-        say(error.fact, error.help)
+        say(*_put(error))
         return BAD_USAGE
     if is_the_users(error):
-        say(f"your code raised {describe(error)}", "stillnorm --traceback ... shows all of it")
+        say(f"your code raised {describe(error)}", WHOLE)
         return BAD_USAGE
     if not whole:
         traceback.print_exception(error)
-    say(f"stillnorm failed: {describe(error)}", "this is a bug of stillnorm's: please report it")
+    say(
+        f"stillnorm itself failed: {describe(error)}",
+        "this is a bug of stillnorm's: please report it",
+    )
     return INTERNAL
+
+
+def _put(error: StillnormError) -> tuple[str, str]:
+    """Return fact and help as they are true here, where there is no code to put the help into."""
+    cause = error.__cause__
+    if cause is not None and is_the_users(cause):
+        place = _at(cause)
+        return error.fact if error.fact.endswith(place) else error.fact + place, WHOLE
+    if isinstance(error, BatchError) and error.help.startswith("forward="):
+        return error.fact, f"{error.help} (here: --forward net.py:function)"
+    return error.fact, error.help
 
 
 def say(fact: str, help: str) -> None:
@@ -61,8 +77,7 @@ def describe(error: BaseException) -> str:
     """
     text = str(error).strip().split("\n")[0]
     named = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    place = _place(error)
-    return f"{named} ({place})" if place else named
+    return f"{named}{_at(error)}"
 
 
 def is_the_users(error: BaseException) -> bool:
@@ -71,33 +86,42 @@ def is_the_users(error: BaseException) -> bool:
     It did when the model was being called, or when the innermost line outside torch is not one of
     stillnorm's.
     """
-    frames = list(_frames(error))
+    frames = [(frame.f_code, _owner(frame.f_code)) for frame, _ in _walk(error)]
     calling = _OURS / "tracing" / "calling.py"
-    if any(Path(f.f_code.co_filename) == calling and f.f_code.co_name == "call" for f in frames):
+    if any(Path(code.co_filename) == calling and code.co_name == "call" for code, _ in frames):
         return True
-    outside = [frame for frame in frames if not _is_library(frame)]
-    return bool(outside) and _OURS not in Path(outside[-1].f_code.co_filename).parents
+    owners = [owner for _, owner in frames if owner != "library"]
+    return bool(owners) and owners[-1] == "user"
 
 
-def _place(error: BaseException) -> str:
-    """Return the innermost line that is not torch's, the import system's or stillnorm's."""
+def _at(error: BaseException) -> str:
+    """Return the innermost line of the user's, in parentheses."""
     if isinstance(error, SyntaxError):
         return ""  # its text names the line
-    place = ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        file = Path(frame.f_code.co_filename)
-        if not _is_library(frame) and _OURS not in file.parents:
-            place = f"{file.name}:{line}"
-    return place
+    lines = [
+        f" ({Path(frame.f_code.co_filename).name}:{line})"
+        for frame, line in _walk(error)
+        if _owner(frame.f_code) == "user"
+    ]
+    return lines[-1] if lines else ""
 
 
-def _frames(error: BaseException) -> Iterator[FrameType]:
-    return (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+def _walk(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    return traceback.walk_tb(error.__traceback__)
 
 
-def _is_library(frame: FrameType) -> bool:
-    """Tell a line of torch's, or of the import system, from all others."""
-    name = frame.f_code.co_filename
-    torch = sys.modules.get("torch")
-    inside_torch = torch is not None and Path(torch.__file__ or "").parent in Path(name).parents
-    return inside_torch or name.startswith("<frozen")
+def _owner(code: CodeType) -> Literal["library", "stillnorm", "user"]:
+    """Tell whose code it is. Torch, click and Python's own say nothing of who called them."""
+    file = Path(code.co_filename)
+    if _OURS in file.parents:
+        return "stillnorm"
+    libraries = [sys.modules[name].__file__ for name in ("torch", "click") if name in sys.modules]
+    if any(Path(library or "").parent in file.parents for library in libraries):
+        return "library"
+    pythons = Path(traceback.__file__).parent
+    installed = {"site-packages", "dist-packages"} & set(file.parts)
+    return (
+        "library"
+        if str(file).startswith("<") or (pythons in file.parents and not installed)
+        else "user"
+    )

@@ -36,11 +36,6 @@ TARGET makes the model:
 """
 
 
-def file_type(exists: bool = True) -> click.Path:
-    """Return the type of an argument that is a file to read."""
-    return click.Path(exists=exists, dir_okay=False, readable=True, path_type=Path)
-
-
 def on_model(command: F) -> F:
     """Add the arguments of every command on a model: the target, and what goes with it."""
     for option in reversed(
@@ -48,7 +43,7 @@ def on_model(command: F) -> F:
             click.argument("target"),
             click.option(
                 "--weights",
-                type=file_type(),
+                type=click.Path(path_type=Path),
                 metavar="FILE",
                 help="A checkpoint to load into the model: .safetensors, .pt, .pth, .ckpt, .bin.",
             ),
@@ -88,7 +83,7 @@ def load(
         if weights is not None:
             load_weights(model, weights)
         batches = None if data is None else targets.load_data(data)
-        called = None if forward is None else targets.load_function(forward)
+        called = None if forward is None else targets.load_function(forward, "model", "batch")
         if device is not None:
             from stillnorm.cli.device import Moved, existing
 

@@ -8,7 +8,6 @@ are read as literals, never evaluated; the module itself is the user's own code 
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from stillnorm.cli.failures import describe
+from stillnorm.cli.failures import WHOLE, describe
 from stillnorm.errors import TargetError
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ Function = Callable[..., Any]
 
 _FORMS = "package.module:factory, file.py:factory, or \"package.module:factory('literal', 10)\""
 _CHECKPOINTS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
+_FACTORY = re.compile("make|build|create|model|net", re.IGNORECASE)
 _TARGET = re.compile(r"((?:[A-Za-z]:[\\/])?[^:]*):(.+)", re.DOTALL)  # C:\net.py is one name
 
 
@@ -59,17 +59,30 @@ def load_data(target: str) -> object:
     return _made(target)
 
 
-def load_function(target: str) -> Function:
+def load_function(target: str, *takes: str) -> Function:
     """Return the function that a target names; it is not called.
 
+    Args:
+        target: The target.
+        takes: The names of the positional arguments that it is going to be given.
+
     Raises:
-        TargetError: There is no such file, module or name, or it is not a function.
+        TargetError: There is no such file, module or name, it is not a function, or one of other
+            arguments.
     """
+    from torch import nn
+
     found, called = _named(target)
-    if not callable(found):
-        what = "makes" if called else "is"
+    if not callable(found) or isinstance(found, type | nn.Module):
         raise TargetError(
-            f"{target} {what} {_a(found)}, not a function", help="name a function: net.py:accuracy"
+            f"{target} {'makes' if called else 'is'} {_a(found)}, not a function",
+            help=f"write a function ({', '.join(takes)}) -> ... and name it",
+        )
+    signature = _signature(found)
+    if signature is not None and _unbindable(signature, takes, {}):
+        raise TargetError(
+            f"{target}{signature} is called with ({', '.join(takes)})",
+            help="give it these arguments, in this order",
         )
     function: Function = found
     return function
@@ -120,12 +133,13 @@ def _split(target: str) -> tuple[str, str]:
 
 
 def _definitions(path: Path) -> list[str]:
-    """List the functions and classes of a file without running it, the last one first."""
-    with contextlib.suppress(SyntaxError, UnicodeDecodeError):
+    """List the functions and classes of a file without running it, likely factories first."""
+    try:
         body = ast.parse(path.read_text(encoding="utf-8")).body
-        kinds = (ast.FunctionDef, ast.ClassDef)
-        return [node.name for node in reversed(body) if isinstance(node, kinds)] or ["make"]
-    return ["make"]
+    except (SyntaxError, UnicodeDecodeError):
+        return ["make"]
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return sorted(names, key=lambda name: not _FACTORY.search(name)) or ["make"]
 
 
 def _dotted(expression: ast.expr, target: str) -> list[str]:
@@ -224,20 +238,33 @@ def _attribute(owner: Any, name: str, where: str) -> Any:
 def _call(target: str, factory: Any, *args: Any, **kwargs: Any) -> Any:
     if not callable(factory):
         raise TargetError(f"{target}: {_a(factory)} cannot be called", help=f"write {_FORMS}")
-    with contextlib.suppress(ValueError):  # builtins without a signature
-        signature = inspect.signature(factory)
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            name = target.partition("(")[0]
-            raise TargetError(
-                f"{name}{signature}: {error}",
-                help=f'write the call: "{name}({_example(signature)})"',
-            ) from None
+    signature = _signature(factory)
+    if signature is not None and (why := _unbindable(signature, args, kwargs)):
+        name = target.partition("(")[0]
+        raise TargetError(
+            f"{name}{signature}: {why}", help=f'write the call: "{name}({_example(signature)})"'
+        )
     try:
         return factory(*args, **kwargs)
     except (Exception, SystemExit) as error:
         raise _raised(target, error) from error
+
+
+def _signature(function: Any) -> inspect.Signature | None:
+    """Return the signature; None for a builtin that does not tell."""
+    try:
+        return inspect.signature(function)
+    except ValueError:
+        return None
+
+
+def _unbindable(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Say why the arguments do not fit; nothing when they do."""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return ""
 
 
 def _example(signature: inspect.Signature) -> str:
@@ -251,9 +278,7 @@ def _example(signature: inspect.Signature) -> str:
 
 
 def _raised(what: str, error: BaseException) -> TargetError:
-    return TargetError(
-        f"{what} raised {describe(error)}", help="stillnorm --traceback ... shows all of it"
-    )
+    return TargetError(f"{what} raised {describe(error)}", help=WHOLE)
 
 
 def _a(value: object) -> str:

@@ -23,10 +23,11 @@ def load_weights(model: nn.Module, file: Path) -> None:
         FileFormatError: The file is not a checkpoint, lacks tensors of the model, or has them in
             another shape; then nothing was loaded.
     """
-    from stillnorm.state.files import read_state
+    from stillnorm.state import read_state
+    from stillnorm.state.keys import clean_keys
 
-    state = read_state(file)
-    own = model.state_dict()
+    state, raw = read_state(file), model.state_dict()
+    own = clean_keys(raw)
     missing = [k for k in own if k not in state and not k.endswith(_COUNTER)]
     if missing:
         raise FileFormatError(
@@ -45,7 +46,8 @@ def load_weights(model: nn.Module, file: Path) -> None:
             f"{file.name}: {len(unused)} tensors have no place in the model: {_few(unused)}",
             err=True,
         )
-    model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    names = dict(zip(own, raw, strict=True))
+    model.load_state_dict({names[k]: v for k, v in state.items() if k in own}, strict=False)
 
 
 def _why_missing(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:

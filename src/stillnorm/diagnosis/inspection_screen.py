@@ -169,7 +169,11 @@ _ONCE: tuple[_Column, ...] = (
 
 
 def _differs(column: _Column, rows: list[_Row]) -> bool:
-    return len(rows) == 1 or len({plain(column[2](row)) for row in rows}) > 1
+    """Tell whether a column is worth its width; a single row has room for all but eps and dtype."""
+    header, _, cell = column
+    if len(rows) == 1:
+        return header not in ("eps", "dtype")
+    return len({plain(cell(row)) for row in rows}) > 1
 
 
 def _said_once(rows: list[_Row]) -> Iterator[Line]:
@@ -179,7 +183,7 @@ def _said_once(rows: list[_Row]) -> Iterator[Line]:
         if not _differs((header, align, cell), rows)
     ]
     if facts:
-        yield Line(f"all of them: {', '.join(facts)}")
+        yield Line(f"everywhere: {', '.join(facts)}")
         yield Line("")
 
 
