@@ -127,8 +127,10 @@ def remember(module: nn.Module) -> Callable[[], None]:
         if held is not None and record is not None:
             vars(held).update(record[0], required_grad=record[1])
         for parameter, required, grad in gradients:
-            parameter.requires_grad_(required)
-            parameter.grad = grad
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
+            if parameter.grad is not grad:
+                parameter.grad = grad
 
     return put_back
 

@@ -38,7 +38,7 @@ def keep_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
             yield
         finally:
             for tensor, data, value in kept:
-                if _layout(tensor) != _layout(data):
+                if _layout(tensor) != _layout(data) or tensor.data_ptr() != data.data_ptr():
                     tensor.data = data
                 if not same_bits(tensor, value):
                     write(tensor, value)

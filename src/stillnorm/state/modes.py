@@ -150,7 +150,7 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         (True, 0.1)
     """
     norms = select(model)
-    modules = list(model.modules())
+    modules, parameters = list(model.modules()), list(model.parameters())
     # The innermost is put back first: modes by the model's own train(), which may compute with
     # parameters and buffers; then which tensors these are; then their values.
     with (
@@ -167,7 +167,7 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         lazies_kept(model),
         hooks_kept(model),
         buffers_kept(modules),
-        keep_types(model.parameters()),
+        keep_types([*parameters, *(p.grad for p in parameters if p.grad is not None)]),
         modes_kept(model),
     ):
         yield model
