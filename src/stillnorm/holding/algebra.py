@@ -120,7 +120,9 @@ def input_gradient(dy: Tensor, var: Tensor, weight: Tensor | None, eps: float) -
             dy, dy, weight, var, var, None, None, False, eps, [True, False, False]
         )[0]
         return dx
-    s = (var.float() + eps if half else var + eps).rsqrt_()  # (C,)
+    dtype = torch.float32 if half else dy.dtype
+    # As torch's CPU kernel: the inverse deviation in double, then rounded (Normalization.cpp).
+    s = (var.to(torch.float64 if var.is_cpu else dtype) + eps).rsqrt_().to(dtype)  # (C,)
     if weight is not None:
         s.mul_(weight)
     dx = dy * s.view(-1, *[1] * (dy.dim() - 2))

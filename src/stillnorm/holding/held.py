@@ -178,10 +178,13 @@ def held_norm(layer: Any, x: Tensor) -> Tensor:
     if layer.training:  # written directly, past train(), as some trainers do
         layer.__dict__[HOLD].asked = True
         layer.training = False
-    tensors = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+    mean, var = layer.running_mean, layer.running_var
+    if isinstance(layer, _InstanceNorm) and layer.weight is None:
+        # torch's F.instance_norm then rounds them to the input's dtype.
+        mean, var = mean.to(x.dtype), var.to(x.dtype)
     if layer.__dict__[HOLD].affine == "frozen":
-        return norm_by_constants(x, *tensors, layer.eps)
-    return F.batch_norm(x, *tensors, False, 0.0, layer.eps)
+        return norm_by_constants(x, mean, var, layer.weight, layer.bias, layer.eps)
+    return F.batch_norm(x, mean, var, layer.weight, layer.bias, False, 0.0, layer.eps)
 
 
 # ---------------------------------------------------------------------- making and finding classes
