@@ -35,15 +35,15 @@ def each_batch(batches: object) -> Iterator[object]:
     if _is_one_batch(batches):
         yield batches
         return
-    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
-        raise BatchError(
-            f"batches= cannot be a {type(batches).__name__}",
-            help="give a tensor, a DataLoader, a list of batches, or any iterable of batches",
-        )
     if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
         raise BatchError(
             f"batches= is a {type(batches).__name__}: a Dataset gives samples, not batches",
             help="batches=torch.utils.data.DataLoader(dataset, batch_size=64)",
+        )
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
+        raise BatchError(
+            f"batches= cannot be a {type(batches).__name__}",
+            help="give a tensor, a DataLoader, a list of batches, or any iterable of batches",
         )
     iterator = iter(batches)
     index = 0
@@ -127,8 +127,8 @@ def _is_one_batch(batches: object) -> bool:
     if len(batches) == 2:
         if isinstance(batches, tuple) or len(inputs) == 1:
             return True
-        if batches[0].shape[1:] == batches[1].shape[1:]:
-            return False
+        if batches[0].shape[1:] == batches[1].shape[1:] or len(batches[0]) != len(batches[1]):
+            return False  # a target has as many samples as its input
         raise _ambiguous(batches)
     if len(inputs) < len(batches):
         raise _ambiguous(batches)

@@ -38,15 +38,17 @@ def call(model: nn.Module, batch: object, forward: Forward | None = None) -> obj
     """
     if forward is not None:
         return forward(model, batch)
-    args, kwargs = _arguments(batch)
-    inner = _unwrapped(model)
-    _check_signature(inner, batch, args, kwargs)
-    _check_device(inner, batch, args, kwargs)
+    signature = _signature(model)
+    args, kwargs = _arguments(batch, signature)
+    _check_signature(model, signature, batch, args, kwargs)
+    _check_device(model, batch, args, kwargs)
     output: object = model(*args, **kwargs)
     return output
 
 
-def _arguments(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(
+    batch: object, signature: inspect.Signature | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return what the batch is to the model: positional and keyword arguments."""
     if isinstance(batch, Tensor):
         return (batch,), {}
@@ -56,23 +58,43 @@ def _arguments(batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (batch[0],), {}  # (inputs,) is what a DataLoader over TensorDataset(x) yields
     raise BatchError(
         f"a batch is {_describe(batch)}: unclear what of it the model takes",
-        help=f"forward=lambda model, batch: model({_guess(batch)})",
+        help=f"forward=lambda model, batch: model({_guess(batch, signature)})",
     )
 
 
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    """Return the signature of the model's forward; None where it cannot be known.
+
+    Wrappers (DistributedDataParallel, torch.compile) take anything; the model inside does not.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        return None
+    signature = inspect.signature(model.forward)
+    anything = all(
+        p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()
+    )
+    children = dict(model.named_children())
+    if anything and len(children) == 1 and {"module", "_orig_mod"} & children.keys():
+        return _signature(*children.values())
+    return signature
+
+
 def _check_signature(
-    model: nn.Module, batch: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    signature: inspect.Signature | None,
+    batch: object,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
     """Raise when the model's forward cannot take the arguments, before it is called."""
-    if isinstance(model, torch.jit.ScriptModule):
+    if signature is None:
         return
-    signature = inspect.signature(model.forward)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise BatchError(
-            f"{type(model).__name__}.forward{_names(signature)} cannot take a batch that is "
-            f"{_describe(batch)}: {error}",
+            f"the forward of {type(model).__name__}, ({', '.join(signature.parameters)}), "
+            f"cannot take a batch that is {_describe(batch)}: {error}",
             help=f"forward=lambda model, batch: model({_guess(batch, signature)})",
         ) from None
 
@@ -96,14 +118,6 @@ def _check_device(
     )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the user's model inside DistributedDataParallel or torch.compile."""
-    for name in ("module", "_orig_mod"):
-        if list(model._modules) == [name]:
-            return _unwrapped(model.get_submodule(name))
-    return model
-
-
 def _describe(batch: object) -> str:
     """Say what a batch is, in a few words with shapes."""
     if isinstance(batch, Tensor):
@@ -118,12 +132,7 @@ def _describe(batch: object) -> str:
     return f"a {type(batch).__name__}"
 
 
-def _names(signature: inspect.Signature) -> str:
-    """Write a signature without annotations and defaults."""
-    return f"({', '.join(signature.parameters)})"
-
-
-def _guess(batch: object, signature: inspect.Signature | None = None) -> str:
+def _guess(batch: object, signature: inspect.Signature | None) -> str:
     """Guess the arguments of the line to copy."""
     required = [
         name

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Collection, Iterator
 from typing import Literal
 
@@ -125,11 +126,12 @@ def train_by_input(model: nn.Module, norms: Collection[NormLayer]) -> tuple[Norm
 
 @contextlib.contextmanager
 def _eager() -> Iterator[None]:
-    """Run compiled code as written: the hooks would not fire in it."""
+    """Run compiled code as written, where the hooks fire, and without its warning about them."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
         yield
 
 

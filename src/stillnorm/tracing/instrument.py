@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules import module as global_hooks
 from torch.overrides import TorchFunctionMode
 
 from stillnorm.norms import NormalizesBy, NormLayer
@@ -99,13 +99,18 @@ class Instrument(TorchFunctionMode):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Record while the block runs."""
-        with contextlib.ExitStack() as stack:
-            enter = register_module_forward_pre_hook(self._enter)
-            stack.callback(enter.remove)
-            leave = register_module_forward_hook(self._leave, with_kwargs=True, always_call=True)
-            stack.callback(leave.remove)
-            stack.enter_context(self)
-            yield
+        enter = global_hooks.register_module_forward_pre_hook(self._enter)
+        leave = global_hooks.register_module_forward_hook(
+            self._leave, with_kwargs=True, always_call=True
+        )
+        try:
+            with self:
+                yield
+        finally:
+            enter.remove()
+            leave.remove()
+            # torch 2.13 leaves this entry behind, and torch.compile then warns of hooks for ever.
+            global_hooks._global_forward_hooks_with_kwargs.pop(leave.id, None)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if (layer := self._layers.get(module)) is not None:
@@ -142,8 +147,14 @@ class Instrument(TorchFunctionMode):
         """Return the call to make in place of `kernel`: one that updates nothing."""
         if kernel.used == "running":
             return kernel
-        if kernel.values < 2 and layer.module in self._by_batch and layer.has_statistics:
-            return kernel.by_running(*_usable_statistics(layer))
+        mean, var = layer.running_mean, layer.running_var
+        if (
+            kernel.values < 2
+            and layer.module in self._by_batch
+            and mean is not None
+            and var is not None
+        ):
+            return kernel.by_running(*_usable(mean, var))
         return kernel.by_input()
 
     def _record(
@@ -156,8 +167,7 @@ class Instrument(TorchFunctionMode):
         )
 
 
-def _usable_statistics(layer: NormLayer) -> tuple[Tensor, Tensor]:
-    """Return the layer's running statistics, with a fresh layer's 0 and 1 in broken channels."""
-    mean, var = layer.module.get_buffer("running_mean"), layer.module.get_buffer("running_var")
+def _usable(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Return running statistics with a fresh layer's 0 and 1 in broken channels."""
     sound = mean.isfinite() & var.isfinite() & (var > 0)
     return mean.where(sound, 0), var.where(sound, 1)

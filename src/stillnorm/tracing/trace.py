@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from stillnorm.norms import NormalizesBy
+from stillnorm.errors import StateError
+from stillnorm.norms import NormalizesBy, NormLayer
 from stillnorm.tracing.batches import each_batch, tensors_in
 from stillnorm.tracing.calling import Forward
 from stillnorm.tracing.flow import Flow, running
@@ -120,7 +121,7 @@ def trace(
 
     Raises:
         BatchError: A batch does not fit, or the forward raised.
-        StateError: The model has lazy modules.
+        StateError: The model has lazy modules, or TorchScript's norm layers.
 
     Mutates:
         Nothing: modes, statistics, hooks, gradients and random states are as found, also after an
@@ -138,6 +139,7 @@ def trace(
     begun = time.perf_counter()
     calls: list[Call] = []
     with running(model, forward=forward, flow=flow) as run:
+        _refuse_scripted(run.norms)
         for batch in each_batch(batches):
             index = run.batches
             output, seen = run(batch)
@@ -149,6 +151,15 @@ def trace(
     reached = frozenset(call.path for call in calls)
     unreached = tuple(path for path in paths if path not in reached)
     return Trace(tuple(calls), reached, unreached, count, time.perf_counter() - begun)
+
+
+def _refuse_scripted(norms: Collection[NormLayer]) -> None:
+    for layer in norms:
+        if layer.is_scripted:
+            raise StateError(
+                f"{layer.path} is TorchScript's: what it is called with cannot be seen",
+                help="use the Python model, before torch.jit.script",
+            )
 
 
 def _calls(seen: list[Normalization], output: object, batch: int) -> list[Call]:
