@@ -97,7 +97,7 @@ def no_updates(model: nn.Module, layers: Layers = None) -> Iterator[nn.Module]:
     switched = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
     # Any other forward (instance norm, a subclass with its own) may write: keep the values.
     silent = (_BatchNorm.forward, SyncBatchNorm.forward)
-    others = [m for m in modules if type(m).forward not in silent]
+    others = [m for m in modules if getattr(type(m), "forward", None) not in silent]
     with keep_tensors(_statistics(others)), buffers_kept(others):
         try:
             for module in switched:
