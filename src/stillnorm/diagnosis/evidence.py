@@ -27,8 +27,6 @@ from torch.utils.data import DataLoader
 from stillnorm.calibration import recalibrate
 from stillnorm.diagnosis.causes import Causes
 from stillnorm.diagnosis.measure import (
-    FAR_MEAN,
-    FAR_VARIANCE,
     Distance,
     Samples,
     batch_noise,
@@ -199,11 +197,11 @@ class Evidence:
 
         The batch flow decides, because batch statistics are what running ones estimate, and because
         there an error upstream does not spread: every layer before this one normalises afresh. The
-        eval flow has to agree where it can be measured: batches of one or two samples distort the
-        batch flow itself, which is no fault of the statistics.
+        eval flow has to show half as much, where it can be measured: batches of one or two samples
+        distort the batch flow itself, and that is no fault of the statistics.
         """
         own, felt = self.distance(layer, "batch"), self.distance(layer, "eval")
-        return own is not None and own.far and (felt is None or felt.far)
+        return own is not None and own.far and (felt is None or felt.exceeds(0.5))
 
     def contradicts_initial(self, layer: NormLayer) -> bool:
         """Tell whether what a never-estimated layer received has another mean or variance.
@@ -211,7 +209,7 @@ class Evidence:
         The size of the effect is enough: that the statistics were never estimated is known.
         """
         seen = self.distance(layer, "batch")
-        return seen is not None and (seen.mean > FAR_MEAN or seen.variance > FAR_VARIANCE)
+        return seen is not None and seen.exceeds(1)
 
     @staticmethod
     def is_trained(layer: NormLayer) -> bool:

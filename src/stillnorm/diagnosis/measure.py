@@ -150,6 +150,10 @@ class Distance:
         variances = sign_flip_p(self.q) if self.variance > FAR_VARIANCE else 1.0
         return min(means, variances)
 
+    def exceeds(self, part: float) -> bool:
+        """Tell whether the size, whatever its p, is more than a part of what counts as far."""
+        return self.mean > part * FAR_MEAN or self.variance > part * FAR_VARIANCE
+
     @property
     def far(self) -> bool:
         """Whether the difference is both large and beyond sampling noise."""

@@ -26,7 +26,7 @@ class NonFiniteStatistics(Rule):
         a GradScaler that skips the step skips it after the buffers are destroyed.
 
     When it is fine:
-        Never.
+        Never. Reported even where the forward does not call the layer: the state is saved with it.
 
     Example:
         >>> import torch

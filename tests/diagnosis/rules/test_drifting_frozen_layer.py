@@ -1,0 +1,158 @@
+"""SN001: fires on a frozen backbone whose statistics move, and on nothing that must move."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diagnosis.nets import batches, conv_net, data, estimated, found
+from support.zoo import torchvision
+from torch import Tensor, nn
+
+from stillnorm import check, freeze, is_frozen
+
+
+class Pair(nn.Module):
+    """Two named parts, called one after the other in the order given."""
+
+    def __init__(self, order: str, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.calls = order.split()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.calls:
+            x = getattr(self, name)(x)
+        return x
+
+
+def backbone() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+
+
+def head() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    return module.requires_grad_(False)
+
+
+def test_a_frozen_backbone_before_a_head_drifts() -> None:
+    net = Pair("backbone head", backbone=frozen(backbone()), head=head())
+    assert found(check(net, select="SN001")) == {"SN001": ("backbone.1",)}
+
+
+def test_the_drift_that_it_warns_of_is_real() -> None:
+    """The near miss of the near misses: parameters bit-equal, features moved."""
+    net = Pair("backbone head", backbone=frozen(backbone()), head=head())
+    before = net.backbone.eval()(data())
+    net.train()(data(seed=5))
+    assert not torch.equal(before, net.backbone.eval()(data()))
+
+
+def test_the_first_layers_of_a_flat_network_drift() -> None:
+    net = conv_net()
+    frozen(net[:3])
+    assert found(check(net, select="SN001")) == {"SN001": ("1",)}
+
+
+def test_a_partly_frozen_resnet_is_named_up_to_where_it_trains() -> None:
+    net = torchvision.models.resnet18(num_classes=4)
+    for part in (net.conv1, net.bn1, net.layer1):
+        frozen(part)
+    paths = found(check(net, select="SN001"))["SN001"]
+    assert paths == ("bn1", *(f"layer1.{i}.bn{j}" for i in (0, 1) for j in (1, 2)))
+
+
+def test_a_head_registered_first_is_no_excuse_when_the_forward_is_seen() -> None:
+    net = Pair("backbone head", head=head(), backbone=frozen(backbone()))
+    assert found(check(net, batches(), select="SN001")) == {"SN001": ("backbone.1",)}
+
+
+def test_a_norm_without_affine_parameters_drifts_with_its_frozen_producer() -> None:
+    net = conv_net(affine=False)
+    frozen(net[0])
+    assert found(check(net, select="SN001")) == {"SN001": ("1",)}
+
+
+class TestNearMisses:
+    def silent(self, net: nn.Module) -> None:
+        assert found(check(net, select="SN001")) == {}
+        assert found(check(net, batches(), select="SN001")) == {}
+
+    def test_a_model_that_trains(self) -> None:
+        self.silent(conv_net())
+
+    def test_a_teacher_is_frozen_whole(self) -> None:
+        self.silent(frozen(conv_net()))
+
+    @pytest.mark.parametrize("names", [("student", "teacher"), ("teacher", "student")])
+    def test_a_teacher_beside_its_student(self, names: tuple[str, str]) -> None:
+        class Both(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                for name in names:
+                    setattr(self, name, conv_net())
+                frozen(self.teacher)
+
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+                return tuple(getattr(self, name)(x) for name in names)
+
+        self.silent(Both())
+
+    @pytest.mark.parametrize("first", ["generator", "discriminator"])
+    def test_a_discriminator_between_its_steps(self, first: str) -> None:
+        """Its input is what the generator makes, so its statistics have to move."""
+        parts = {"generator": backbone(), "discriminator": frozen(head_with_norm())}
+        if first == "discriminator":
+            parts = dict(reversed(parts.items()))
+            net = Pair("generator discriminator", **parts)
+            assert found(check(net, batches(), select="SN001")) == {}
+        else:
+            self.silent(Pair("generator discriminator", **parts))
+
+    def test_affine_false_while_everything_trains(self) -> None:
+        self.silent(conv_net(affine=False))
+
+    def test_norms_frozen_alone_while_their_producers_train(self) -> None:
+        net = conv_net()
+        for layer in (net[1], net[4]):
+            frozen(layer)
+        self.silent(net)
+
+    def test_norms_that_train_alone(self) -> None:
+        net = frozen(conv_net())
+        for layer in (net[1], net[4]):
+            layer.requires_grad_(True)
+        self.silent(net)
+
+    def test_a_normalised_input_without_parameters(self) -> None:
+        self.silent(nn.Sequential(nn.BatchNorm2d(3, affine=False), *conv_net()))
+
+    def test_a_held_backbone(self) -> None:
+        net = estimated(conv_net())
+        frozen(net[:3])
+        freeze(net, "1")
+        self.silent(net)
+
+    def test_instance_norm_does_not_depend_on_the_batch(self) -> None:
+        net = conv_net()
+        net[1] = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+        frozen(net[:3])
+        self.silent(net)
+
+
+def head_with_norm() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_the_fix_holds_what_was_frozen_and_the_finding_is_gone() -> None:
+    net = estimated(conv_net()).train()
+    frozen(net[:3])
+    before = net.eval()(data())
+    check(net.train(), select="SN001").fix()
+    assert found(check(net, select="SN001")) == {}
+    assert is_frozen(net, "1")
+    assert not is_frozen(net, "4")
+    assert torch.equal(before, net.eval()(data()))
