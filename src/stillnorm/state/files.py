@@ -224,9 +224,10 @@ def _unreadable(path: Path, error: Exception) -> FileFormatError:
 
 
 def _may_exist(name: str) -> bool:
-    """Tell whether a global can be what a whole file names; one cut short names half a word."""
+    """Tell whether a whole file can name this global; one cut short names half a word."""
     module, _, attribute = name.rpartition(".")
-    return module not in sys.modules or hasattr(sys.modules[module], attribute)
+    known = sys.modules.get(module)
+    return attribute != "" and (known is None or hasattr(known, attribute))
 
 
 def _conversion(path: Path, load: str, state: str) -> str:
