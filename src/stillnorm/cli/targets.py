@@ -282,5 +282,5 @@ def _raised(what: str, error: BaseException) -> TargetError:
 
 
 def _a(value: object) -> str:
-    name = type(value).__name__
+    name = "class" if isinstance(value, type) else type(value).__name__
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

@@ -42,9 +42,9 @@ def load_weights(model: nn.Module, file: Path) -> None:
             help="make the model as it was trained, with the same number of classes and channels",
         )
     if unused := [k for k in state if k not in own]:
+        have = "tensor has" if len(unused) == 1 else "tensors have"
         click.echo(
-            f"{file.name}: {len(unused)} tensors have no place in the model: {_few(unused)}",
-            err=True,
+            f"{file.name}: {len(unused)} {have} no place in the model: {_few(unused)}", err=True
         )
     names = dict(zip(own, raw, strict=True))
     model.load_state_dict({names[k]: v for k, v in state.items() if k in own}, strict=False)
