@@ -227,7 +227,7 @@ def _may_exist(name: str) -> bool:
     """Tell whether a whole file can name this global; one cut short names half a word."""
     module, _, attribute = name.rpartition(".")
     known = sys.modules.get(module)
-    return attribute != "" and (known is None or hasattr(known, attribute))
+    return attribute != "" and (known is None or attribute in vars(known))
 
 
 def _conversion(path: Path, load: str, state: str) -> str:
