@@ -12,6 +12,8 @@ from click.testing import CliRunner, Result
 from stillnorm.cli.main import main
 
 NET = '''
+import functools
+
 import torch
 from torch import nn
 
@@ -100,6 +102,9 @@ def interrupted():
 
 class Namespace:
     inner = healthy
+
+
+partial = functools.partial(Net, width=4)
 
 
 number = 3

@@ -59,7 +59,7 @@ def test_an_error_of_the_users_is_one_line_with_its_place(fails):
 
 def test_an_error_in_the_users_forward_names_the_line(fails):
     fact, _ = fails("check", "net.py:make", "--data", "net.py:of_five_channels")
-    assert fact.endswith("(net.py:19)")
+    assert fact.endswith("(net.py:21)")
 
 
 def test_traceback_shows_all_of_it(run):

@@ -24,6 +24,7 @@ from stillnorm.errors import TargetError
         ("net.py:Net(4)", "Net"),
         ("net.py:Net(width=4)", "Net"),
         ("net.py:Namespace.inner", "Sequential"),
+        ("net.py:partial", "Net"),
         ("torch.nn:BatchNorm2d(3, eps=1e-3)", "BatchNorm2d"),
         ("torch:nn.Identity", "Identity"),
     ],
@@ -92,6 +93,7 @@ def test_a_function_is_not_called(project):
     [
         ("net.py", "does not say what in the file makes the model", "net.py:Net or net.py:make"),
         ("nett.py:make", "there is no file nett.py", "nearest: net.py"),
+        ("nett.py", "there is no file nett.py", "nearest: net.py"),
         ("nowhere/x.py:make", "there is no file nowhere/x.py", "the folder now is"),
         ("net.py:mak", "there is no 'mak' in net.py", "nearest: make"),
         ("net.py:Namespace.iner", "there is no 'iner' in net.py.Namespace", "nearest: inner"),

@@ -20,6 +20,7 @@ INTERNAL = 3
 INTERRUPTED = 130  # as shells say it
 
 WHOLE = "stillnorm --traceback ... shows all of it"
+_PYTHON = Path(traceback.__file__).parent
 _OURS = Path(stillnorm.__file__).parent
 
 
@@ -115,13 +116,8 @@ def _owner(code: CodeType) -> Literal["library", "stillnorm", "user"]:
     file = Path(code.co_filename)
     if _OURS in file.parents:
         return "stillnorm"
-    libraries = [sys.modules[name].__file__ for name in ("torch", "click") if name in sys.modules]
-    if any(Path(library or "").parent in file.parents for library in libraries):
-        return "library"
-    pythons = Path(traceback.__file__).parent
-    installed = {"site-packages", "dist-packages"} & set(file.parts)
-    return (
-        "library"
-        if str(file).startswith("<") or (pythons in file.parents and not installed)
-        else "user"
-    )
+    named = [sys.modules[name].__file__ for name in ("torch", "click") if name in sys.modules]
+    in_library = any(Path(library or "").parent in file.parents for library in named)
+    installed = "site-packages" in file.parts or "dist-packages" in file.parts
+    in_python = (_PYTHON in file.parents and not installed) or code.co_filename.startswith("<")
+    return "library" if in_library or in_python else "user"

@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +41,7 @@ def load_model(target: str) -> nn.Module:
     """
     from torch import nn
 
-    model = _made(target, instance=nn.Module)
+    model = _made(target)
     if not isinstance(model, nn.Module):
         raise TargetError(
             f"{target} gives {_a(model)}, not a torch.nn.Module",
@@ -88,10 +88,12 @@ def load_function(target: str, *takes: str) -> Function:
     return function
 
 
-def _made(target: str, instance: type | None = None) -> object:
-    """Return the object itself, or what it returns when it is a class or a function."""
+def _made(target: str) -> object:
+    """Return the object itself, or what it returns when it is a class, a function or a partial."""
+    from torch import nn
+
     found, called = _named(target)
-    makes = isinstance(found, type) or inspect.isroutine(found)
+    makes = callable(found) and not isinstance(found, nn.Module | Iterable)
     return _call(target, found) if makes and not called else found
 
 
@@ -124,7 +126,8 @@ def _split(target: str) -> tuple[str, str]:
             f"{path.name} is a checkpoint; what is in it alone cannot be looked at yet",
             help=f"put it into its model: net.py:make --weights {path}",
         )
-    if path.suffix == ".py" and path.is_file():
+    if path.suffix == ".py":
+        _must_exist(path)
         raise TargetError(
             f"{target} does not say what in the file makes the model",
             help=f"name it: {' or '.join(f'{path}:{name}' for name in _definitions(path)[:3])}",
@@ -189,14 +192,9 @@ def _module(where: str) -> ModuleType:
 
 def _file(path: Path) -> ModuleType:
     """Run a file as a module, once, whatever its name; its neighbours can be imported."""
-    if not path.is_file():
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=3)
-        raise TargetError(
-            f"there is no file {path}",
-            help=f"nearest: {', '.join(near)}" if near else f"the folder now is {Path.cwd()}",
-        )
+    _must_exist(path)
     path = path.resolve()
-    for module in sys.modules.values():
+    for module in list(sys.modules.values()):
         if getattr(module, "__file__", None) == str(path):
             return module
     name = path.stem if path.stem not in sys.modules else f"stillnorm_target_{path.stem}"
@@ -212,6 +210,15 @@ def _file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise _raised(f"importing {path.name}", error) from error
     return module
+
+
+def _must_exist(path: Path) -> None:
+    if not path.is_file():
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=3)
+        raise TargetError(
+            f"there is no file {path}",
+            help=f"nearest: {', '.join(near)}" if near else f"the folder now is {Path.cwd()}",
+        )
 
 
 def _make_importable(folder: Path) -> None:
