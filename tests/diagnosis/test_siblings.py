@@ -40,7 +40,7 @@ def matches(pattern: str, path: str) -> bool:
             if not (name.startswith(stem) and number.isdigit() and low <= int(number) <= high):
                 return False
         elif part.endswith("*"):
-            if not (name.startswith(stem.removesuffix("*")) and number.isdigit()):
+            if not (name.startswith(stem.removesuffix("*")) and number[:1].isdigit()):
                 return False
         elif part != name:
             return False
@@ -96,6 +96,19 @@ def test_stages_collapse_where_there_would_be_too_many_rows():
     grouped = collapse(paths, path=str, alike=lambda path: 0)
     assert [(pattern, len(members)) for pattern, members in grouped] == [
         ("features.*.conv.*.1", 60)
+    ]
+
+
+def test_numbers_inside_names_collapse_last():
+    paths = [
+        f"Mixed_{block}.{branch}.bn"
+        for block in ("5b", "5c", "5d", "6a", "6b", "6c", "7a", "7b")
+        for branch in ("branch1x1", "branch5x5_1", "branch5x5_2", "branch_pool")
+    ]
+    grouped = collapse(paths, path=str, alike=lambda path: 0)
+    assert [(pattern, len(members)) for pattern, members in grouped] == [
+        ("Mixed_*.branch*.bn", 24),
+        ("Mixed_*.branch_pool.bn", 8),
     ]
 
 
