@@ -48,9 +48,3 @@ def test_a_device_that_is_not_there_is_bad_usage(run, device):
     result = run("inspect", "net.py:make", "--device", device)
     assert result.exit_code == 2
     assert "--device" in result.stderr
-
-
-def test_a_device_takes_model_and_batches(run):
-    """The meta device computes nothing, but takes only what lies on it too."""
-    args = ("inspect", "net.py:healthy", "--data", "net.py:val", "--device", "cpu")
-    assert run(*args).exit_code == 0
