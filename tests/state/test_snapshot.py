@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -25,13 +24,6 @@ from stillnorm.errors import FileFormatError, StateError
 from stillnorm.state import SwitchChange, TensorChange, diff_states, read_state
 from support import layers
 from support.fingerprint import Fingerprint, values
-
-
-@pytest.fixture(scope="module")
-def process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 class Siamese(nn.Module):

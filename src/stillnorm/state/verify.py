@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -47,25 +47,25 @@ def verify(recorded: tuple[Recorded, ...], model: nn.Module, layers: Layers = No
     for norm in chosen:
         # Several, if what was two layers is now one.
         known = {id(then[path]): then[path] for path in norm.paths if path in then}
-        moved = [fault for before in known.values() for fault in _moved(before, norm)]
-        thawed = [fault for before in known.values() for fault in _thawed(before, norm, modes)]
         if not known:
             faulty.append((norm.path, ["is not in the snapshot"], _OTHER_LAYERS))
-        elif moved or thawed:
-            faulty.append((norm.path, moved + thawed, _NOT_FROZEN if thawed else _MOVED))
+        for before in known.values():
+            moved, thawed = _moved(before, norm), _thawed(before, norm, modes)
+            faults = [str(change) for change in moved]
+            if thawed is not None:  # after the first tensor, if one moved
+                faults.insert(int(any(isinstance(c, TensorChange) for c in moved)), thawed)
+            if faults:
+                faulty.append((norm.path, faults, _NOT_FROZEN if thawed else _MOVED))
     if faulty:
         raise _error(faulty)
 
 
-def _moved(before: Recorded, norm: NormLayer) -> Iterator[str]:
-    """Yield what changed in a layer that must not have."""
+def _moved(before: Recorded, norm: NormLayer) -> list[Change]:
+    """Return what changed in a layer that must not have."""
     hold = before.hold or norm.hold
     affine_may_move = hold is not None and hold.affine == "trains"
-    for change in changes(before, record(norm), norm.path):
-        if _matters(change, affine_may_move):
-            yield str(change)
-    if before.hold and norm.hold and not affine_may_move and norm.hold.affine == "trains":
-        yield "its affine parameters were held and train now"
+    found = changes(before, record(norm), norm.path)
+    return [change for change in found if _matters(change, affine_may_move)]
 
 
 def _matters(change: Change, affine_may_move: bool) -> bool:
@@ -77,33 +77,33 @@ def _matters(change: Change, affine_may_move: bool) -> bool:
     return change.switch in ("momentum", "eps", "track_running_stats")
 
 
-def _thawed(before: Recorded, norm: NormLayer, modes: Modes) -> Iterator[str]:
-    """Yield why a layer is not frozen, if it is not."""
-    if norm.hold is not None or norm.family == "frozen":
-        return
+def _thawed(before: Recorded, norm: NormLayer, modes: Modes) -> str | None:
+    """Return why a layer is not frozen as it was, or None when it is."""
+    if norm.hold is not None:
+        learns = before.hold and (before.hold.affine, norm.hold.affine) == ("frozen", "trains")
+        return "its affine parameters were held and train now" if learns else None
+    if norm.family == "frozen":
+        return None
     flags = {modes.in_train[norm.module], bool(getattr(norm.module, "training", False))}
-    used = {norm.normalizes_by(flag) for flag in flags}
     in_eval = norm.normalizes_by(training=False)
+    used = {norm.normalizes_by(flag) for flag in flags}
     by = next((by for by in used if by == "batch" or by != in_eval), None)
     updates = any(norm.updates_statistics(flag) for flag in flags)
     was_held = before.hold is not None
-    converted = norm.kind == "SyncBatchNorm" and (was_held or before.switches["kind"] != norm.kind)
-    if not (was_held or by or updates):
-        return
+    if not (by or updates or was_held):
+        return None
+    would = f"would normalise by the {by} in train()" if by else "would update its statistics"
     if norm.is_scripted:
-        yield "TorchScript's train() normalises by the batch: torch.jit.script undoes a hold"
-    elif converted:
-        yield "convert_sync_batchnorm made a new layer of it, which is not held"
-    elif was_held:
-        yield "its hold is gone"
-    elif not norm.has_statistics:
-        yield "has no running statistics: it normalises by the batch in eval() too"
-    elif norm.momentum == 0:
-        yield f"would normalise by the {by} in train(): momentum 0 stops only the updates"
-    elif by:
-        yield f"would normalise by the {by} in train()"
-    else:
-        yield "would update its statistics in train()"
+        return "TorchScript's train() normalises by the batch: torch.jit.script undoes a hold"
+    if norm.kind == "SyncBatchNorm" and (was_held or before.switches["kind"] != norm.kind):
+        return "convert_sync_batchnorm made a new layer of it, which is not held"
+    if was_held:
+        return f"its hold is gone: it {would}" if by or updates else "its hold is gone"
+    if not norm.has_statistics:
+        return "has no running statistics: it normalises by the batch in eval() too"
+    if norm.momentum == 0:
+        return f"{would}: momentum 0 stops only the updates"
+    return would
 
 
 def _gone(recorded: tuple[Recorded, ...], model: nn.Module, layers: Layers) -> list[str]:
