@@ -308,9 +308,7 @@ def test_a_train_of_the_users_own_is_still_called() -> None:
 
 def test_children_of_a_held_layer_follow_train() -> None:
     """timm's layer has a dropout and an activation below it, which are not held."""
-    from timm.layers import BatchNormAct2d
-
-    layer = layers.settle(BatchNormAct2d(4, drop_layer=nn.Dropout))
+    layer = layers.settle(layers.timm_norm_act(drop_layer=nn.Dropout))
     hold(layer, "frozen")
     layer.train()
     assert layer.drop.training

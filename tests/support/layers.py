@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from support.zoo import timm  # which lets torchvision load beside a CPU build of torch
-
 
 class ReluNorm(nn.BatchNorm2d):
     """A forward of its own with an `F.batch_norm` call of its own."""
@@ -130,6 +128,13 @@ class SubclassNorm(nn.BatchNorm2d):
     """A subclass that changes nothing."""
 
 
+def timm_norm_act(**options: Any) -> nn.Module:
+    """Build timm's BatchNormAct2d: a norm with dropout and activation in one layer."""
+    from support.zoo import timm  # slow to import; lets torchvision load beside a CPU build
+
+    return timm.layers.BatchNormAct2d(4, **options)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class Case:
     """A layer and the shape of an input to it."""
@@ -163,7 +168,7 @@ CASES: dict[str, Case] = {
     ),
     "instance3d": Case(lambda: nn.InstanceNorm3d(4, track_running_stats=True), (2, 4, 3, 4, 3)),
     "subclass": Case(lambda: SubclassNorm(4), (3, 4, 5, 6)),
-    "timm BatchNormAct2d": Case(lambda: timm.layers.BatchNormAct2d(4), (3, 4, 5, 6)),
+    "timm BatchNormAct2d": Case(timm_norm_act, (3, 4, 5, 6)),
     "own F.batch_norm": Case(lambda: ReluNorm(4), (3, 4, 5, 6)),
     "own by keywords": Case(lambda: KeywordNorm(4), (3, 4, 5, 6)),
     "own super().forward": Case(lambda: SuperNorm(4), (3, 4, 5, 6)),

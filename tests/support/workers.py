@@ -1,0 +1,135 @@
+"""What the processes of the distributed tests do; each function runs on every rank.
+
+They live here because a spawned process must find them by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import stillnorm as sn
+from stillnorm.norms import find_norms
+from support import layers
+from support.fingerprint import bits
+
+
+def tensors(net: nn.Module) -> dict[str, Tensor]:
+    """Everything that a norm layer has, by the clean path."""
+    return {
+        f"{norm.path}.{key}": tensor.detach().clone()
+        for norm in find_norms(net)
+        for key, tensor in norm.tensors().items()
+    }
+
+
+def _net() -> nn.Module:
+    net = layers.conv_net()
+    net.append(nn.Unflatten(1, (5, 1, 1))).append(nn.Conv2d(5, 4, 1))
+    return net.append(layers.make("own F.batch_norm"))
+
+
+def _train(net: nn.Module, rank: int, steps: int = 3) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9, weight_decay=0.1)
+    for seed in range(steps):
+        net.train()
+        optimizer.zero_grad(set_to_none=False)
+        net(layers.conv_input(seed=10 * rank + seed)).square().mean().backward()
+        optimizer.step()
+
+
+def ddp(rank: int) -> dict[str, Any]:
+    """Frozen before the wrap, both ways; trained; compared."""
+    seen: dict[str, Any] = {}
+    for affine in ("frozen", "trains"):
+        for static_graph in (False, True):
+            net = _net()
+            sn.freeze(net, affine=affine)
+            before = tensors(net)
+            wrapped = DistributedDataParallel(net, static_graph=static_graph)
+            _train(wrapped, rank)
+            after = tensors(wrapped)
+            seen[f"{affine} {static_graph}"] = {
+                "same": [k for k in before if bits(before[k]) == bits(after[k])],
+                "moved": [k for k in before if bits(before[k]) != bits(after[k])],
+                "frozen": sn.is_frozen(wrapped),
+                "after": after,
+                "conv": net[0].weight.detach().clone(),
+            }
+    return seen
+
+
+def ddp_refusals(rank: int) -> dict[str, Any]:
+    """Inside the wrap: what the reducer would not survive is refused."""
+    seen: dict[str, Any] = {}
+    live = DistributedDataParallel(_net())
+    seen["freeze inside"] = sn.freeze(live).refused
+    seen["still live"] = not any(norm.hold for norm in find_norms(live))
+    seen["trains inside"] = sn.freeze(live, affine="trains").refused
+    _train(live, rank)
+    seen["unfreeze what learns"] = sn.unfreeze(live).refused
+    unused = DistributedDataParallel(_net(), find_unused_parameters=True)
+    seen["find_unused_parameters"] = sn.freeze(unused).refused
+    _train(unused, rank)
+    net = _net()
+    sn.freeze(net)
+    held = DistributedDataParallel(net)
+    seen["unfreeze inside"] = sn.unfreeze(held).refused
+    seen["learn again inside"] = sn.freeze(held, affine="trains").refused
+    _train(held, rank)
+    seen["unfreeze outside"] = sn.unfreeze(held.module).refused
+    return seen
+
+
+def fsdp2(rank: int) -> dict[str, Any]:
+    """Sharded after and before freezing; layers sharded on their own change their class."""
+    from torch.distributed.fsdp import fully_shard
+
+    def full(net: nn.Module) -> dict[str, Tensor]:
+        return {
+            k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in tensors(net).items()
+        }
+
+    seen: dict[str, Any] = {}
+    for order in ("freeze first", "shard first"):
+        net = _net()
+        if order == "freeze first":
+            sn.freeze(net)
+        fully_shard(net[1])
+        fully_shard(net[3])
+        fully_shard(net)
+        if order == "shard first":
+            sn.freeze(net)
+        before = {k: bits(t) for k, t in full(net).items()}
+        conv = net[0].weight.full_tensor()
+        _train(net, rank)
+        seen[order] = {
+            "frozen": sn.is_frozen(net),
+            "same": {k: bits(t) for k, t in full(net).items()} == before,
+            "learned": not torch.equal(net[0].weight.full_tensor(), conv),
+            "classes": [type(norm.module).__name__ for norm in find_norms(net)],
+            "refused": sn.unfreeze(net).refused,
+        }
+    return seen
+
+
+def sync_batch_norm(rank: int) -> dict[str, Any]:
+    """A held SyncBatchNorm talks to no other rank; conversion of a held layer undoes the hold."""
+    layer = layers.make("sync")
+    x = layers.example("sync", seed=rank)
+    expected = layer.eval()(x)
+    sn.freeze(layer)
+    before = tensors(layer)
+    layer.train()
+    if rank == 0:  # a collective call would hang here
+        assert torch.equal(layer(x), expected)
+    after = tensors(layer)
+    return {"same": all(bits(before[k]) == bits(after[k]) for k in before)}
+
+
+def everything(rank: int) -> dict[str, Any]:
+    """All of them in one pair of processes: starting them is what takes time."""
+    return {work.__name__: work(rank) for work in (ddp, ddp_refusals, fsdp2, sync_batch_norm)}
