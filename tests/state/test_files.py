@@ -167,7 +167,7 @@ def test_objects_are_refused_with_the_line_that_converts_the_file(
     torch.save(content, path)
     error = refusal(path)
     assert "more than tensors" in error.fact
-    line = error.help.partition("convert it once: ")[2]
+    line = error.help.partition("by the key it has: ")[2]
     command = shlex.split(line)
     assert command[0] == "python"
     subprocess.run([sys.executable, *command[1:]], check=True, timeout=60)

@@ -72,11 +72,14 @@ class Difference:
         return Document(self._title(), tuple(blocks))
 
     def _title(self) -> str:
-        compared = f"{count(self.layers, 'norm layer')}, {count(self.tensors, 'tensor')}"
+        compared = count(self.layers, "norm layer")
         if not self:
-            return f"no difference, bit for bit: {compared}"
-        changed = {change.path for change in self.changes} | {*self.gone, *self.new}
-        return f"{count(len(self), 'difference')} in {len(changed)} of {compared}"
+            return f"no difference, bit for bit: {compared}, {count(self.tensors, 'tensor')}"
+        changed = {change.path for change in self.changes}
+        parts = [f"{len(changed)} of {compared} changed"]
+        parts += [f"{len(self.gone)} gone"] if self.gone else []
+        parts += [f"{len(self.new)} new"] if self.new else []
+        return f"{count(len(self), 'difference')}: {', '.join(parts)}"
 
     def __str__(self) -> str:
         return text.write(self.document())
@@ -110,7 +113,7 @@ def diff_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Difference:
         >>> bool(a["bn.running_mean"].mean() == b["bn.running_mean"].mean())
         True
         >>> print(diff_states(a, b))
-        1 difference in 1 of 1 norm layer, 2 tensors
+        1 difference: 1 of 1 norm layer changed
         <BLANKLINE>
         layer  tensor        changed  channel  before  after    by
         bn     running_mean   2 of 2        0       1      3  2.00
@@ -201,7 +204,9 @@ def _tensor_table(found: list[TensorChange]) -> Table:
 def _by(size: float | None) -> str:
     if size is None:
         return ""
-    return "bits" if size == 0 else number(size)
+    if size == 0:
+        return "bits"
+    return str(size) if isinstance(size, int) else number(size)
 
 
 def _switch_table(found: list[SwitchChange]) -> Table:

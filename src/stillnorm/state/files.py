@@ -220,7 +220,9 @@ def _unreadable(path: Path, error: Exception) -> FileFormatError:
         return FileFormatError(fact, help="no checkpoint needs that: do not load it by other means")
     whole_module = refused[1].startswith("torch.nn.")
     line = _conversion(path, "torch.load", ".state_dict()" if whole_module else '["state_dict"]')
-    return FileFormatError(fact, help=f"if you trust its source, convert it once: {line}")
+    return FileFormatError(
+        fact, help=f"if you trust its source, convert it once, by the key it has: {line}"
+    )
 
 
 def _may_exist(name: str) -> bool:

@@ -65,7 +65,8 @@ def no_updates(model: nn.Module, layers: Layers = None) -> Iterator[nn.Module]:
     For the second forward of SAM, VAT and adversarial attacks, for teachers, profilers and summary
     tools: whatever runs in train mode inside leaves `running_mean`, `running_var` and
     `num_batches_tracked` as they are, whereas momentum 0 still counts batches and lets one
-    infinity in the batch through (0 * inf is NaN).
+    infinity in the batch through (0 * inf is NaN). Activation checkpointing runs the forward again
+    in backward: then `backward()` belongs into the block, too.
 
     Args:
         model: The model.

@@ -32,7 +32,7 @@ def snapshot(model: nn.Module) -> Snapshot:
         StateError: A tensor is on the meta device and has no value.
 
     Cost:
-        Five vectors of C elements per layer. Of a sharded model every process must call this.
+        Four vectors of C elements per layer.
 
     Example:
         >>> import torch
@@ -51,6 +51,8 @@ def snapshot(model: nn.Module) -> Snapshot:
 @dataclass(frozen=True, eq=False, repr=False)
 class Snapshot:
     """The norm state of a model at one moment; `snapshot` takes it.
+
+    Of a sharded model (FSDP2) every process must call each of the methods.
 
     Args:
         layers: What was recorded of each layer, in registration order.
@@ -79,7 +81,7 @@ class Snapshot:
             >>> before = snapshot(net)
             >>> net[0].momentum = 0.5
             >>> print(before.diff(net))
-            1 difference in 1 of 1 norm layer, 5 tensors
+            1 difference: 1 of 1 norm layer changed
             <BLANKLINE>
             layer  switch    before  after
             0      momentum  0.1     0.5
