@@ -171,7 +171,11 @@ class NormLayer:
         """Tell whether a forward would move the statistics if `training` were as given."""
         if self.family == "frozen" or self.hold is not None:
             return False
-        return training and self.tracks and self.has_statistics and self.momentum != 0
+        if not self.has_statistics or self.momentum == 0:
+            return False
+        if self.family == "instance":  # untracked it writes them in eval mode too; None is 0 to it
+            return self.momentum is not None and (training or not self.tracks)
+        return training and self.tracks
 
     @property
     def trains_affine(self) -> bool:

@@ -24,10 +24,15 @@ def clean_path(name: str) -> str:
         >>> clean_path("module._orig_mod.backbone.bn1")
         'backbone.bn1'
     """
-    parts = [part for part in name.split(".") if part not in _ALWAYS_WRAPPERS]
+    parts = without_wrappers(name)
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
     return ".".join(parts)
+
+
+def without_wrappers(name: str) -> list[str]:
+    """Split a name, without the components that can only be a wrapper's."""
+    return [part for part in name.split(".") if part not in _ALWAYS_WRAPPERS]
 
 
 def walk(

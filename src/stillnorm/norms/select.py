@@ -11,7 +11,7 @@ from torch import nn
 from stillnorm.errors import SelectorError
 from stillnorm.norms.find import find_norms
 from stillnorm.norms.layer import NormLayer
-from stillnorm.norms.paths import clean_path
+from stillnorm.norms.paths import clean_path, without_wrappers
 
 Layers = (
     None | str | nn.Module | type[nn.Module] | Callable[[str, nn.Module], bool] | Iterable["Layers"]
@@ -84,13 +84,14 @@ def matcher(layers: Layers) -> Callable[[NormLayer], bool]:
 def _globs(path: str, pattern: str) -> bool:
     """Tell whether the pattern matches the path or a module above it, component by component.
 
-    A ``module`` at its front may be a wrapper's or the user's own: both readings count.
+    Each ``module`` at its front may be a wrapper's or the user's own: all readings count.
     """
-    names = path.split(".")
-    readings = (pattern.split("."), clean_path(pattern).split("."))
-    return any(
-        len(globs) <= len(names) and all(map(fnmatchcase, names, globs)) for globs in readings
-    )
+    names, globs = path.split("."), without_wrappers(pattern)
+    while not (len(globs) <= len(names) and all(map(fnmatchcase, names, globs))):
+        if globs[0] != "module" or len(globs) == 1:
+            return False
+        globs = globs[1:]
+    return True
 
 
 def _nothing(model: nn.Module, norms: tuple[NormLayer, ...], layers: Layers) -> SelectorError:
