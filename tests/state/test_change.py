@@ -110,6 +110,9 @@ def test_a_cast_is_told_from_a_change() -> None:
     moved = tensor_change("bn", "weight", a, (a + 1).half())
     assert moved is not None
     assert not moved.is_cast
+    lost = tensor_change("bn", "weight", torch.ones(3), torch.tensor([1, math.nan, 1]).half())
+    assert lost is not None
+    assert (lost.is_cast, lost.changed, lost.channel) == (False, 1, 1)
     same_values = tensor_change("bn", "weight", torch.ones(3), torch.ones(3).double())
     assert same_values is not None
     assert same_values.is_cast

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import stillnorm as sn
 from support import layers
@@ -307,6 +308,14 @@ def test_no_updates_lets_graphs_recorded_inside_run_backward_outside() -> None:
         assert torch.equal(actual, expected), name
 
 
+def test_no_updates_covers_checkpointed_blocks_whose_backward_is_inside() -> None:
+    layer, x = layers.make("2d").train(), layers.example("2d").requires_grad_()
+    before = values(layer)
+    with sn.no_updates(layer):
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert values(layer) == before
+
+
 def test_no_updates_leaves_a_lazy_layers_statistics_initial() -> None:
     model = nn.Sequential(nn.LazyBatchNorm2d(), nn.LazyInstanceNorm2d(track_running_stats=True))
     with sn.no_updates(model):
@@ -352,6 +361,7 @@ def prepared() -> nn.Sequential:
     model[0].weight.requires_grad_(False)
     model[6].eval()
     model[6].momentum = 0.3
+    model[0].register_buffer("average", torch.randn(3))
     model[1].register_forward_hook(lambda *a: None)
     model[1].register_forward_pre_hook(lambda *a, **k: None, with_kwargs=True)
     model.register_forward_hook(lambda *a: None, always_call=True)
@@ -388,6 +398,11 @@ ACTIONS: dict[str, Callable[[nn.Sequential], object]] = {
     "full backward hook": lambda m: m[1].register_full_backward_hook(lambda *a: None),
     "hooks cleared": lambda m: m[1]._forward_hooks.clear(),
     "hooks replaced": lambda m: setattr(m[1], "_forward_hooks", type(m[1]._forward_hooks)()),
+    "hooks of another module replaced": lambda m: setattr(
+        m[0], "_forward_hooks", type(m[0]._forward_hooks)()
+    ),
+    "full backward hook on another": lambda m: m[0].register_full_backward_hook(lambda *a: None),
+    "another module's buffer written": lambda m: m[0].average.mul_(2),
     "hooks reordered": lambda m: m[1]._forward_hooks.move_to_end(next(iter(m[1]._forward_hooks))),
     "random numbers": lambda m: torch.rand(3),
     "seed": lambda m: torch.manual_seed(9),
