@@ -90,6 +90,8 @@ def test_registration_order_and_every_path() -> None:
     ]
     assert norms[0].module is shared
     assert norms[0].ancestors == (net, net.first)
+    assert norms[0].elsewhere == (net.third,)
+    assert norms[2].above == (net, net.third, net.third["y"])
 
 
 def test_a_shared_block_gives_its_layers_both_paths() -> None:

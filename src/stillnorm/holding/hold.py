@@ -52,7 +52,7 @@ def _why_not_learning_again(layer: NormLayer) -> str | None:
 
 def _reducer_above(layer: NormLayer) -> str | None:
     """Name the DistributedDataParallel that expects a gradient for every parameter, if any."""
-    for module in layer.ancestors:
+    for module in layer.above:
         if isinstance(module, DistributedDataParallel) and not module.find_unused_parameters:
             return type(module).__name__
     return None

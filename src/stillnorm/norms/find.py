@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from stillnorm.norms.adapters import adapter_of
-from stillnorm.norms.adapters.adapter import Adapter
 from stillnorm.norms.layer import NormLayer
 from stillnorm.norms.paths import walk
 
@@ -24,13 +25,15 @@ def find_norms(model: nn.Module) -> tuple[NormLayer, ...]:
         >>> find_norms(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
         (NormLayer(1: BatchNorm2d(4)),)
     """
-    found: dict[int, tuple[list[str], nn.Module, tuple[nn.Module, ...], Adapter]] = {}
+    found: dict[nn.Module, NormLayer] = {}
     for path, module, ancestors in walk(model):
-        if id(module) in found:
-            found[id(module)][0].append(path)
+        if (first := found.get(module)) is not None:
+            more = (m for m in ancestors if m not in first.above)
+            found[module] = replace(
+                first,
+                paths=tuple(dict.fromkeys((*first.paths, path))),
+                elsewhere=(*first.elsewhere, *more),
+            )
         elif (adapter := adapter_of(module)) is not None:
-            found[id(module)] = ([path], module, ancestors, adapter)
-    return tuple(
-        NormLayer(tuple(dict.fromkeys(paths)), module, ancestors, adapter)
-        for paths, module, ancestors, adapter in found.values()
-    )
+            found[module] = NormLayer((path,), module, ancestors, adapter)
+    return tuple(found.values())

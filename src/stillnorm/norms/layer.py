@@ -31,17 +31,24 @@ class NormLayer:
         module: The layer itself.
         ancestors: The modules above it along its first path, from the root.
         adapter: The adapter that recognised it.
+        elsewhere: The modules above it along its other paths only.
     """
 
     paths: tuple[str, ...]
     module: nn.Module
     ancestors: tuple[nn.Module, ...]
     adapter: Adapter
+    elsewhere: tuple[nn.Module, ...] = ()
 
     @property
     def path(self) -> str:
         """The first path; empty for a model that is itself a norm layer."""
         return self.paths[0]
+
+    @property
+    def above(self) -> tuple[nn.Module, ...]:
+        """Every module above the layer, along all its paths."""
+        return (*self.ancestors, *self.elsewhere)
 
     @property
     def family(self) -> Family:

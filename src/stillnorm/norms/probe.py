@@ -46,7 +46,7 @@ class Modes:
             return f"{layer.provider} {layer.kind}"
         if self.in_train[layer.module] or layer.normalizes_by(training=False) != "running":
             return None
-        owners = [layer.module, *reversed(layer.ancestors)]
+        owners = [layer.module, *reversed(layer.ancestors), *reversed(layer.elsewhere)]
         owner = next((m for m in owners if overrides_train(m)), layer.module)
         return f"{type(owner).__name__}.train()"
 

@@ -67,7 +67,7 @@ def matcher(layers: Layers) -> Callable[[NormLayer], bool]:
         return lambda norm: id(norm.module) in inside
     if isinstance(layers, type):
         kind = layers
-        return lambda norm: any(isinstance(m, kind) for m in (norm.module, *norm.ancestors))
+        return lambda norm: any(isinstance(m, kind) for m in (norm.module, *norm.above))
     if isinstance(layers, Iterable):
         tests = [matcher(part) for part in layers]
         return lambda norm: any(test(norm) for test in tests)
