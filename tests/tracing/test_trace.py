@@ -136,6 +136,17 @@ def test_one_value_per_channel_passes_by_the_running_statistics() -> None:
     assert torch.equal(outputs[0], layer.eval()(row))
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("instance")])
+def test_one_value_passes_by_the_statistics_of_before_whatever_came_first(name: str) -> None:
+    # A forward of its own may hand its buffers over to be updated; they are not, even meanwhile.
+    x = example(name)
+    one = x[:1].flatten(2)[..., :1] if x.dim() > 2 else x[:1]
+    one = one.reshape(1, 4, *[1] * (x.dim() - 2))
+    layer, outputs = make(name), []
+    trace(layer, iter([x, one]), flow="batch", on_output=lambda y, _: outputs.append(y))
+    torch.testing.assert_close(outputs[1], make(name).eval()(one))
+
+
 def test_broken_statistics_do_not_spread_from_a_batch_of_one() -> None:
     layer = make("1d-flat")
     with torch.no_grad():
@@ -507,6 +518,14 @@ def test_the_error_of_a_forward_names_batch_layer_and_cause() -> None:
     flat = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm2d(4))
     with pytest.raises(BatchError, match=r"batch 0: the forward raised in 1: ValueError: expected"):
         trace(flat, torch.randn(2, 4))
+
+
+def test_the_error_of_a_batch_that_does_not_fit_has_the_line_to_copy() -> None:
+    x = conv_input()
+    with pytest.raises(BatchError) as caught:
+        trace(conv_net(), iter([x, (x, x, x)]))
+    assert caught.value.fact.startswith("batch 1: a batch is a tuple of 3: (4, 3, 6, 6), ")
+    assert caught.value.help == "forward=lambda model, batch: model(batch[0])"
 
 
 def test_a_graph_recorded_before_still_runs_backward_after() -> None:

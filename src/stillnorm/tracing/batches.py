@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from stillnorm.errors import BatchError, StillnormError
+from stillnorm.errors import BatchError
 
 
 def each_batch(batches: object) -> Iterator[object]:
@@ -52,8 +52,6 @@ def each_batch(batches: object) -> Iterator[object]:
             batch = next(iterator)
         except StopIteration:
             return
-        except StillnormError:
-            raise
         except Exception as error:
             raise BatchError(
                 f"reading batch {index} of batches= raised {first_line(error)}",

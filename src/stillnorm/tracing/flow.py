@@ -56,14 +56,14 @@ class Run:
             The model's output, and what its norm layers normalised, in order.
 
         Raises:
-            BatchError: The forward raised. Names the batch and the layer.
+            BatchError: The batch does not fit, or the forward raised. Names batch and layer.
         """
         instrument = Instrument(self.norms, self._by_batch, self._measure)
         try:
             with instrument.watching():
                 output = call(self._model, batch, self._forward)
-        except StillnormError:
-            raise
+        except StillnormError as error:
+            raise type(error)(f"batch {self.batches}: {error.fact}", help=error.help) from error
         except Exception as error:
             raise BatchError(
                 f"batch {self.batches}: the forward raised{_where(instrument, error)} "
