@@ -54,6 +54,8 @@ def report(error: BaseException, *, whole: bool) -> int:
 def _put(error: StillnormError) -> tuple[str, str]:
     """Return fact and help as they are true here, where there is no code to put the help into."""
     cause = error.__cause__
+    while isinstance(cause, StillnormError):
+        cause = cause.__cause__
     if cause is not None and is_the_users(cause):
         place = _at(cause)
         return error.fact if error.fact.endswith(place) else error.fact + place, WHOLE

@@ -28,12 +28,11 @@ def document(inspection: Inspection, *, all: bool) -> Document:
     if not layers:
         return Document(f"{inspection.model}: no norm layers", (Line(_NO_NORMS),))
     marks = _marks(inspection.findings)
-    if all:
-        groups = tuple((layer.path, (layer,)) for layer in layers)
-    else:
-        groups = collapse(
-            layers, path=lambda layer: layer.path, alike=lambda layer: _alike(layer, marks)
-        )
+    groups = collapse(
+        layers,
+        path=lambda layer: layer.path,
+        alike=lambda layer: layer.paths if all else _alike(layer, marks),
+    )
     rows = [_Row(pattern, members, marks) for pattern, members in groups]
     blocks = (
         *_said_once(rows),
