@@ -354,3 +354,14 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, damage: str) -> None:
         sn.Snapshot.load(tmp_path / "a")
     rewrite(tmp_path / "a", lambda content: None)
     sn.Snapshot.load(tmp_path / "a")
+
+
+def test_only_the_tensors_of_a_norm_layer_are_taken(tmp_path: Path) -> None:
+    rewrite(tmp_path / "a", lambda c: c["layers"][0]["tensors"].append("__class__"))
+    with safetensors.safe_open(tmp_path / "a", "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors["1.__class__"] = torch.ones(4)
+    safetensors.torch.save_file(tensors, tmp_path / "a", metadata)
+    with pytest.raises(FileFormatError, match="tensors is not what it should be"):
+        sn.Snapshot.load(tmp_path / "a")
