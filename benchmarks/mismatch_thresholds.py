@@ -4,9 +4,9 @@
 
 Real architectures with random weights, recalibrated on 64 images in batches of 32, are looked at
 through 64 fresh ones. Healthy: how many models are accused, by the eval flow alone, by the batch
-flow alone, and by the rule (the batch flow, of which the eval flow shows at least half), on even
-images and on heavy-tailed ones, in batches of 16, 2 and 1. Broken, one fault at a time: how often it is found, and how many other layers are
-accused with it.
+flow alone, and by the rule (the batch flow, of which the eval flow shows half, with single samples
+all), on even images and on heavy-tailed ones, in batches of 16, 2 and 1. Broken, one fault at a time: how often
+it is found, and how many other layers are accused with it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ ARCHITECTURES = (
     "transformers/resnet",
 )
 COUNTS = (8, 16, 32, 64)
-RULES: dict[str, Callable[[dict[str, Distance]], bool]] = {
-    "eval": lambda seen: seen["eval"].far,
-    "batch": lambda seen: seen["batch"].far,
-    "rule": lambda seen: seen["batch"].far and seen["eval"].exceeds(0.5),
+RULES: dict[str, Callable[[dict[str, Distance], int], bool]] = {
+    "eval": lambda seen, size: seen["eval"].far,
+    "batch": lambda seen, size: seen["batch"].far,
+    "rule": lambda seen, size: (
+        seen["batch"].far and (seen["eval"].far if size == 1 else seen["eval"].exceeds(0.5))
+    ),
 }
 
 
@@ -107,7 +109,7 @@ def healthy(seeds: int) -> None:
             fresh = DRAWS[kind](64, 10_000 + seed).split(size)
             for n, _, by_flow in distances(model, fresh):
                 for rule, accuses in RULES.items():
-                    if accuses(by_flow):
+                    if accuses(by_flow, size):
                         accused[n, rule].add((name, seed))
                 mean, variance = by_flow["batch"].mean, by_flow["batch"].variance
                 largest[n] = (max(largest[n][0], mean), max(largest[n][1], variance))
@@ -129,7 +131,7 @@ def broken(seeds: int) -> None:
             apply(victim)
             for n, layer, by_flow in distances(model, images(64, 10_000 + seed).split(16)):
                 for rule, accuses in RULES.items():
-                    if accuses(by_flow):
+                    if accuses(by_flow, 16):
                         count = hits if layer.module is victim.module else others
                         count[n, rule] += 1
         for n in (16, 32, 64):

@@ -125,7 +125,10 @@ def test_broken_statistics_have_no_distance(bad: float) -> None:
 
 def test_call_sites_that_differ_are_far_apart_and_siamese_ones_are_not() -> None:
     x, y = images(40, seed=0), images(40, seed=1)
-    same, other = between(samples(x), samples(y), 1e-5), between(samples(x), samples(2 + 3 * y), 1e-5)
+    same, other = (
+        between(samples(x), samples(y), 1e-5),
+        between(samples(x), samples(2 + 3 * y), 1e-5),
+    )
     assert same is not None
     assert other is not None
     assert not same.far

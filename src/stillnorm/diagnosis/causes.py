@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from graphlib import TopologicalSorter
+from itertools import product
 from typing import TYPE_CHECKING
-
-from stillnorm.diagnosis.finding import Finding
 
 if TYPE_CHECKING:
     from stillnorm.diagnosis.rule import Rule
@@ -19,12 +18,10 @@ class Causes:
         self._cause: dict[tuple[str, str], str] = {}  # (symptom's code, path): the cause's code
         self._hits: dict[str, dict[str, list[str]]] = {}  # cause: symptom: paths
 
-    def add(self, rule: type[Rule], findings: Iterable[Finding]) -> None:
-        """Note that the rule has found something at these layers."""
-        for finding in findings:
-            for symptom in rule.explains:
-                for path in finding.paths:
-                    self._cause.setdefault((symptom, path), finding.code)
+    def add(self, code: str, symptoms: Iterable[str], paths: Iterable[str]) -> None:
+        """Note that a finding accounts for these symptoms on these layers."""
+        for symptom, path in product(symptoms, paths):
+            self._cause.setdefault((symptom, path), code)
 
     def explain(self, symptom: str, path: str) -> bool:
         """Tell whether a layer's symptom has a known cause; note that it would have been found."""

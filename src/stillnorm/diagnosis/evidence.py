@@ -13,7 +13,7 @@ They are run once, shared by all rules, and leave the model as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -163,6 +163,11 @@ class Evidence:
 
         return sorted(layers, key=first)
 
+    def from_here(self, paths: Collection[str]) -> tuple[str, ...]:
+        """Return the paths and those of all layers that are called after the first of them."""
+        layers = [layer.path for layer in self.in_order(self.layers)]
+        return tuple(layers[min(map(layers.index, paths)) :])
+
     # ------------------------------------------------------------------ numbers
 
     def samples(self, layer: NormLayer, flow: Flow) -> Samples | None:
@@ -197,11 +202,15 @@ class Evidence:
 
         The batch flow decides, because batch statistics are what running ones estimate, and because
         there an error upstream does not spread: every layer before this one normalises afresh. The
-        eval flow has to show half as much, where it can be measured: batches of one or two samples
-        distort the batch flow itself, and that is no fault of the statistics.
+        eval flow has to show half as much, where it can be measured: very small batches distort the
+        batch flow itself, and that is no fault of the statistics. Single samples, which batch norm
+        turns into instance norm, distort it so much that the eval flow has to agree in full.
         """
         own, felt = self.distance(layer, "batch"), self.distance(layer, "eval")
-        return own is not None and own.far and (felt is None or felt.exceeds(0.5))
+        if own is None or not own.far:
+            return False
+        single = max(self.measured.batch_sizes) == 1
+        return felt is None or (felt.far if single else felt.exceeds(0.5))
 
     def contradicts_initial(self, layer: NormLayer) -> bool:
         """Tell whether what a never-estimated layer received has another mean or variance.

@@ -42,6 +42,7 @@ class Rule(ABC):
         needs: ``"tree"``, the modules and their state, or ``"forward"``, batches too.
         explains: Codes of symptoms that this fault causes on the same layers: they are not
             reported again.
+        spreads: Whether those symptoms also show on layers that are called after.
     """
 
     code: ClassVar[str]
@@ -49,6 +50,7 @@ class Rule(ABC):
     severity: ClassVar[Severity]
     needs: ClassVar[Need]
     explains: ClassVar[tuple[str, ...]] = ()
+    spreads: ClassVar[bool] = False
 
     @abstractmethod
     def find(self, evidence: Evidence) -> Iterator[Finding]:

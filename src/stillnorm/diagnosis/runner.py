@@ -82,7 +82,9 @@ def check(
         except Exception as error:  # one broken rule must not take the others' findings with it
             crashed.append(Crash(rule.code, f"{type(error).__name__}: {error}"))
         else:
-            evidence.causes.add(rule, found)
+            for finding in found:
+                paths = evidence.from_here(finding.paths) if rule.spreads else finding.paths
+                evidence.causes.add(finding.code, rule.explains, paths)
             findings += found
     findings = [replace(f, explains=evidence.causes.told_by(f.code)) for f in findings]
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.code))

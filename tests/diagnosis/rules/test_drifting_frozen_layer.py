@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diagnosis.nets import batches, conv_net, data, estimated, found
-from support.zoo import torchvision
 from torch import Tensor, nn
 
+from diagnosis.nets import batches, conv_net, data, estimated, found
 from stillnorm import check, freeze, is_frozen
+from support.zoo import torchvision
 
 
 class Pair(nn.Module):
@@ -144,7 +144,9 @@ class TestNearMisses:
 
 
 def head_with_norm() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
 
 
 def test_the_fix_holds_what_was_frozen_and_the_finding_is_gone() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 
 import torch
-from diagnosis.nets import batches, conv_net, data, estimated, found
-from support.zoo import torchvision
 from torch import nn
 
+from diagnosis.nets import batches, conv_net, data, estimated, found
 from stillnorm import check, freeze, is_frozen
 from stillnorm.errors import StillnormWarning
+from support.zoo import torchvision
 
 
 def fresh_and_held() -> nn.Sequential:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from diagnosis.nets import batches, conv_net, estimated, found
 from torch import nn
 
+from diagnosis.nets import batches, conv_net, estimated, found
 from stillnorm import check, freeze
 
 

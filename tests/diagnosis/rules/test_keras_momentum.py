@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from diagnosis.nets import conv_net, estimated, found
-from support.zoo import CLASSIFIERS
 from torch import nn
 
+from diagnosis.nets import conv_net, estimated, found
 from stillnorm import check, freeze
+from support.zoo import CLASSIFIERS
 
 
 @pytest.mark.parametrize("momentum", [0.9, 0.99, 0.997, 1.0])

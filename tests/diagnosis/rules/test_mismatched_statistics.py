@@ -1,14 +1,14 @@
-"""SN105: fires at the layer whose statistics are wrong, says how much, and stays silent on noise."""
+"""SN105: fires at the layer whose statistics are wrong, says how much, is silent on noise."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from diagnosis.nets import batches, conv_net, data, estimated, found
-from support.zoo import torchvision
 from torch import nn
 
+from diagnosis.nets import batches, conv_net, data, estimated, found
 from stillnorm import check, freeze
+from support.zoo import torchvision
 
 
 def with_fault(path: str, mean: float = 0.0, var: float = 1.0) -> nn.Sequential:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diagnosis.nets import batches, conv_net, estimated, found
 from torch import nn
 
+from diagnosis.nets import batches, conv_net, estimated, found
 from stillnorm import check
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diagnosis.nets import found
 from torch import nn
 
+from diagnosis.nets import found
 from stillnorm import check, freeze
 
 

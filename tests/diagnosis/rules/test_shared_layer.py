@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diagnosis.nets import batches, data, estimated, found
 from torch import Tensor, nn
 
+from diagnosis.nets import batches, data, estimated, found
 from stillnorm import check, freeze
 from stillnorm.reports import text
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diagnosis.nets import conv_net, data, estimated, found
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from diagnosis.nets import conv_net, data, estimated, found
 from stillnorm import check, freeze
 
 
 def pooled() -> nn.Sequential:
     """A norm after global pooling, as in ASPP or a projection head."""
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2)
+        nn.Conv2d(3, 8, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(8, 2),
     )
 
 

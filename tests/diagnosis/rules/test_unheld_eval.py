@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from diagnosis.nets import batches, conv_net, data, estimated, found
-from support.zoo import torchvision
 from torch import nn
 
+from diagnosis.nets import batches, conv_net, data, estimated, found
 from stillnorm import check, eval_mode, freeze, is_frozen
+from support.zoo import torchvision
 
 
 def singled_out() -> nn.Sequential:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diagnosis.nets import batches, conv_net, data, estimated
-from support.zoo import torchvision
 from torch import Tensor, nn
 
+from diagnosis.nets import batches, conv_net, data, estimated
 from stillnorm import check
+from support.zoo import torchvision
 
 
 class Net(nn.Module):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diagnosis.nets import batches, conv_net, data, estimated, found
 from torch import nn
 
+from diagnosis.nets import batches, conv_net, data, estimated, found
 from stillnorm import check, freeze, is_frozen
 
 

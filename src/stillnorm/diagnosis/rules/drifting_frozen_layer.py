@@ -8,6 +8,7 @@ from torch import nn
 
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding, Fix
+from stillnorm.diagnosis.gradients import fed_by
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
 from stillnorm.reports.numbers import count
@@ -32,7 +33,7 @@ class DriftingFrozenLayer(Rule):
         EMA teacher, the discriminator while the generator trains); a frozen part that comes after
         what trains (its input moves, so its statistics must); a frozen copy beside a twin of the
         same class that trains (a momentum encoder); a layer whose own weight or bias trains.
-        Order is that of the forward where there are batches, that of registration otherwise.
+        Batches show what feeds what; without them the order of registration stands for it.
 
     Example:
         >>> from torch import nn
@@ -58,7 +59,9 @@ class DriftingFrozenLayer(Rule):
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding that names every such layer."""
-        drifting = [layer for layer in evidence.layers if _drifts(evidence, layer)]
+        moving = [layer for layer in evidence.layers if _moves(evidence, layer)]
+        flow = _Flow(evidence) if moving else None
+        drifting = [layer for layer in moving if flow is not None and flow.is_frozen_part(layer)]
         if not drifting:
             return
         paths = tuple(layer.path for layer in drifting)
@@ -74,43 +77,74 @@ class DriftingFrozenLayer(Rule):
         )
 
 
-def _drifts(evidence: Evidence, layer: NormLayer) -> bool:
-    if layer.family != "batch" or layer.trains_affine or evidence.singled_out(layer):
-        return False
-    if not layer.updates_statistics(evidence.in_train(layer)) or layer.module not in evidence.order:
-        return False
-    here = evidence.order.index(layer.module)
-    upstream, downstream = evidence.order[: here + 1], evidence.order[here + 1 :]
+def _moves(evidence: Evidence, layer: NormLayer) -> bool:
+    """Tell whether train mode would move the statistics of a layer that does not train itself."""
     return (
-        any(True for module in upstream for _ in module.parameters(recurse=False))
-        and not any(_trains(module) for module in upstream)
-        and any(_trains(module) for module in downstream)
-        and not _has_training_twin(evidence.model, layer)
+        layer.family == "batch"
+        and not layer.trains_affine
+        and not evidence.singled_out(layer)  # SN003
+        and layer.updates_statistics(evidence.in_train(layer))
     )
+
+
+class _Flow:
+    """What feeds what: seen by autograd where there are batches, or else by order."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.model, self.order = evidence.model, evidence.order
+        trains = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
+        self.fed_by_training = self.fed_by_frozen = None
+        if evidence.runs is not None and trains and frozen:
+            self.fed_by_training = fed_by(self.model, evidence.runs, trains)
+            self.fed_by_frozen = fed_by(self.model, evidence.runs, frozen)
+
+    def is_frozen_part(self, layer: NormLayer) -> bool:
+        """Tell whether all that feeds the layer is frozen, and it feeds something that trains."""
+        if layer.module not in self.order:
+            return False  # never called
+        here = self.order.index(layer.module)
+        upstream, downstream = self.order[: here + 1], self.order[here + 1 :]
+        if self.fed_by_training is None:
+            fed = any(_trains(module) for module in upstream)
+        else:
+            fed = layer.module in self.fed_by_training
+        if self.fed_by_frozen is not None:
+            downstream = [module for module in downstream if module in self.fed_by_frozen]
+        return (
+            not fed
+            and any(True for module in upstream for _ in module.parameters(recurse=False))
+            and any(_trains(module) for module in downstream)
+            and not self._has_training_twin(layer)
+        )
+
+    def _has_training_twin(self, layer: NormLayer) -> bool:
+        """Tell whether the frozen part is a copy of one that trains: a teacher, a target network.
+
+        Blocks of a stack look alike too, but one feeds the next; where nothing shows that, only the
+        model's own children can be copies of each other.
+        """
+        parts = [m for m in layer.ancestors[1:] if not any(p.requires_grad for p in m.parameters())]
+        if not parts:
+            return False
+        part, shapes = parts[0], _shapes(parts[0])
+        if self.fed_by_frozen is None:
+            candidates = list(self.model.children()) if layer.ancestors[1] is part else []
+            independent = (
+                [] if isinstance(self.model, nn.Sequential | nn.ModuleList) else candidates
+            )
+        else:
+            independent = [m for m in self.model.modules() if m not in self.fed_by_frozen]
+        return any(
+            type(module) is type(part)
+            and any(parameter.requires_grad for parameter in module.parameters())
+            and _shapes(module) == shapes
+            for module in independent
+        )
 
 
 def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-
-
-def _has_training_twin(model: nn.Module, layer: NormLayer) -> bool:
-    """Tell whether the frozen part is a copy of one that trains: a teacher, a momentum encoder."""
-    enclosing = [module for module in layer.ancestors if module is not model]
-    frozen = [m for m in enclosing if not any(p.requires_grad for p in m.parameters())]
-    if not frozen:
-        return False
-    part = frozen[0]  # the outermost
-    owner = layer.ancestors[layer.ancestors.index(part) - 1]
-    if isinstance(owner, nn.Sequential | nn.ModuleList):
-        return False  # neighbours in a stack look alike without being copies
-    shapes = _shapes(part)
-    return any(
-        type(module) is type(part)
-        and any(parameter.requires_grad for parameter in module.parameters())
-        and _shapes(module) == shapes
-        for module in model.modules()
-        if module is not part
-    )
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

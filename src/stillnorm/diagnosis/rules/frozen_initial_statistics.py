@@ -52,6 +52,7 @@ class FrozenInitialStatistics(Rule):
     severity = "error"
     needs = "tree"
     explains = ("SN101", "SN105")
+    spreads = True  # what comes after was estimated on the output of a norm, not of an identity
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding that names every such layer."""

@@ -30,15 +30,16 @@ class MismatchedStatistics(Rule):
         without bias (a healthy layer has 0, not one over the root of n) and must also pass a
         sign-flip test (`effect.py`). The *batch flow* decides: running statistics are averages of
         batch statistics, and since every layer upstream normalises afresh there, an error does not
-        spread. The *eval flow* has to show half as much: batches of one or two samples distort
-        the batch flow, which is no fault of the statistics.
+        spread. The *eval flow* has to show half as much, or with single samples all of it: very
+        small batches distort the batch flow, which is no fault of the statistics.
 
         Measured on six architectures with four seeds each, 64 images to calibrate and 64 to check:
-        of 24 healthy models the batch flow accuses none (in batches of 16 or 2; images even or
-        heavy-tailed), the eval flow 6 on heavy-tailed ones. Of 24 models with one layer's mean off
-        by 0.4 deviations, or its variance by a factor of 2, it finds 24 and accuses no other
-        layer; the eval flow finds 11 of those whose variance was doubled, and accuses up to 5.7
-        others of a model.
+        of 24 healthy models the rule accuses none, in batches of 16, 2 and 1, on even images and on
+        heavy-tailed ones; the eval flow alone accuses 6 on heavy-tailed ones, the batch flow alone
+        4 in batches of 1. Of 24 models with one layer's mean off by 0.4 deviations, or its variance
+        by a factor of 2, the rule finds 24 from 32 samples on and accuses no other layer; the eval
+        flow alone misses up to half of the doubled variances, and accuses 5.7 other layers per
+        model with a halved one.
 
     Why it matters:
         This is the usual form of "train mode is fine, eval is not": statistics that are stale, of
