@@ -254,6 +254,19 @@ def test_compiled_with_requires_grad_switched_on_again() -> None:
     assert all(p.grad is None for norm in find_norms(net) for p in norm.module.parameters())
 
 
+@pytest.mark.parametrize("name", ["2d", "own F.batch_norm"])
+def test_what_is_held_changes_after_compiling(name: str) -> None:
+    """frozen to trains and back: the compiled code is not that of before."""
+    net = nn.Sequential(layers.make(name))
+    sn.freeze(net)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    x = layers.example(name).requires_grad_()
+    for affine, learns in (("frozen", False), ("trains", True), ("frozen", False)):
+        sn.freeze(net, affine=affine)  # type: ignore[arg-type]
+        compiled(x).sum().backward()
+        assert (net[0].weight.grad is not None) is learns
+
+
 def test_compiled_learning_affine() -> None:
     net, x, _ = frozen_net("trains")
     eager = copy.deepcopy(net)
@@ -267,11 +280,12 @@ def test_compiled_learning_affine() -> None:
 # ------------------------------------------------------------------------------- exporters
 
 
-def test_torch_export() -> None:
+@pytest.mark.parametrize("strict", [True, False])
+def test_torch_export(strict: bool) -> None:
     net, x, expected = frozen_net()
     norms = [norm.module for norm in find_norms(net)]
     before = [Fingerprint(layer) for layer in norms]
-    program = torch.export.export(net, (x,))
+    program = torch.export.export(net, (x,), strict=strict)
     torch.testing.assert_close(program.module()(x), expected)
     for layer, seen in zip(norms, before, strict=True):
         assert Fingerprint(layer).differences(seen) == []
@@ -420,6 +434,36 @@ def test_functional_call_and_torch_func() -> None:
     shifted = values | {"0.1.running_mean": values["0.1.running_mean"] + 1}
     assert not torch.equal(torch.func.functional_call(net, shifted, (x,)), expected)
     assert statistics(net) == before
+
+
+def test_ensembles_by_vmap() -> None:
+    """stack_module_state: running statistics with a batch dimension of their own."""
+    nets = [nn.Sequential(layers.make("2d", seed)) for seed in (1, 2)]
+    x = layers.example("2d")
+    expected = [net.eval()(x) for net in nets]
+    for net in nets:
+        sn.freeze(net)
+    parameters, buffers = torch.func.stack_module_state(nets)
+    base = copy.deepcopy(nets[0]).to("meta")
+
+    def one(p: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(base, (p, b), (x,))
+
+    torch.testing.assert_close(torch.vmap(one)(parameters, buffers), torch.stack(expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batched_gradients(dtype: torch.dtype) -> None:
+    """is_grads_batched and a vectorised Jacobian, through the custom backward."""
+    layer = layers.make("2d").to(dtype)
+    sn.freeze(layer)
+    x = layers.example("2d", dtype=dtype).requires_grad_()
+    y = layer(x)
+    dys = torch.randn(3, *y.shape).to(dtype)
+    (batched,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    for dy, gradient in zip(dys, batched, strict=True):
+        (one,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        assert torch.equal(gradient, one)
 
 
 def test_forward_ad() -> None:

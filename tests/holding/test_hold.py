@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from stillnorm.holding import hold, release, remember, why_not, why_not_release
 from stillnorm.norms import NormLayer, find_norms, hold_of
@@ -33,7 +34,15 @@ def untracked_later() -> nn.Module:
     return layer
 
 
+def own_instance_forward() -> nn.Module:
+    layer = layers.make("2d")
+    forward = layer.forward
+    layer.forward = lambda x: forward(x)  # as accelerate's hooks and OFA's recalibration do
+    return layer
+
+
 REASONS = {
+    "forward of the instance": (own_instance_forward, "on the instance"),
     "lazy": (nn.LazyBatchNorm2d, "lazy"),
     "lazy instance": (lambda: nn.LazyInstanceNorm2d(track_running_stats=True), "lazy"),
     "no statistics": (lambda: nn.BatchNorm2d(4, track_running_stats=False), "running statistics"),
@@ -51,6 +60,26 @@ def test_reasons_why_a_layer_cannot_be_held(name: str, affine: str) -> None:
     reason = why_not(view(make()), affine)  # type: ignore[arg-type]
     assert reason is not None
     assert words in reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=1),
+        lambda layer: prune.identity(layer, "bias"),
+        lambda layer: nn.utils.weight_norm(layer, dim=None),
+    ],
+)
+def test_affine_computed_from_other_parameters_is_refused(
+    change: Callable[[nn.Module], object],
+) -> None:
+    """The optimizer would move what it is computed from; statistics alone can be held."""
+    layer = layers.make("2d")
+    change(layer)
+    reason = why_not(view(layer), "frozen")
+    assert reason is not None
+    assert "computed from other parameters" in reason
+    assert why_not(view(layer), "trains") is None
 
 
 @pytest.mark.parametrize("affine", ["frozen", "trains"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
@@ -30,12 +30,24 @@ def why_not(layer: NormLayer, affine: Affine) -> str | None:
         return "it normalises by the sample: track_running_stats is off"
     if parametrize.is_parametrized(module):
         return "parametrized: remove_parametrizations() needs the class that register made"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, past its class: freeze first"
+    if affine == "frozen" and any(map(_is_computed, (layer.weight, layer.bias))):
+        return (
+            "its weight or bias is computed from other parameters (pruning, weight_norm), which "
+            "would train on: make it a parameter first"
+        )
     if affine == "frozen" and layer.trains_affine and (ddp := _reducer_above(layer)):
         return (
             f"inside {ddp}, which already waits for the gradients of weight and bias: "
             "freeze first, then wrap"
         )
     return _why_not_learning_again(layer) if affine == "trains" else None
+
+
+def _is_computed(tensor: Tensor | None) -> bool:
+    learns = tensor is not None and tensor.requires_grad
+    return learns and not isinstance(tensor, nn.Parameter)
 
 
 def _why_not_learning_again(layer: NormLayer) -> str | None:
