@@ -348,10 +348,13 @@ def test_undo_finds_the_buffers_where_they_are_now() -> None:
         assert torch.equal(a, b.to(a))
 
 
-def test_undo_of_a_layer_that_lost_its_statistics_raises_and_changes_nothing() -> None:
+@pytest.mark.parametrize("other", [None, torch.zeros(7)], ids=["none", "another shape"])
+def test_undo_of_a_layer_that_lost_its_statistics_raises_and_changes_nothing(
+    other: Tensor | None,
+) -> None:
     net = conv_net()
     report = recalibrate(net, batches())
-    net[6].running_mean = None
+    net[6].running_mean = other
     before = Fingerprint(net)
     with pytest.raises(StateError, match="BatchNorm1d no longer has the running_mean"):
         report.undo()
