@@ -5,8 +5,8 @@
 Real architectures with random weights, recalibrated on 64 images in batches of 32, are looked at
 through 64 fresh ones. Healthy: how many models are accused, by the eval flow alone, by the batch
 flow alone, and by the rule (the batch flow, of which the eval flow shows half, with single samples
-all), on even images and on heavy-tailed ones, in batches of 16, 2 and 1. Broken, one fault at a time: how often
-it is found, and how many other layers are accused with it.
+all), on even images and on heavy-tailed ones, in batches of 16, 2 and 1. Broken, one fault at a
+time: how often it is found, and how many other layers are accused with it.
 """
 
 from __future__ import annotations

@@ -231,6 +231,12 @@ class Evidence:
             return False
         return bool((bias != bias.flatten()[0]).any()) or (bias.numel() == 1 and bool(bias != 0))
 
+    def can_estimate(self, layer: NormLayer) -> bool:
+        """Tell whether `recalibrate` on the batches given would estimate the layer's statistics."""
+        if self.runs is None:
+            return False
+        return layer.path in self.runs.after or (layer.hold is not None and bool(self.calls(layer)))
+
     def noise(self, layer: NormLayer) -> float | None:
         """Predict the noise of the layer's batch statistics at the batch size given."""
         return batch_noise(self.samples(layer, "batch"), layer.eps)

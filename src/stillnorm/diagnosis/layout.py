@@ -155,7 +155,7 @@ def _summary(report: Report, verbose: bool) -> Iterator[Line]:
     for missed in report.not_run:
         reasons.setdefault(missed.reason, []).append(missed.code)
     for reason, codes in reasons.items():
-        which = codes[0] if len(codes) == 1 else count(len(codes), "rule")
+        which = ", ".join(codes) if verbose or len(codes) == 1 else count(len(codes), "rule")
         yield Line(f"not run: {which}: {reason}")
     for crash in report.crashed:
         yield Line((Span("internal", "error"), f": {crash.code} failed itself: {crash.error}"))

@@ -60,6 +60,11 @@ class Rule(ABC):
         """Return the layers whose symptom no cause found before accounts for."""
         return [layer for layer in layers if not evidence.causes.explain(self.code, layer.path)]
 
+    def estimation(self, evidence: Evidence, layers: Iterable[NormLayer]) -> Fix | None:
+        """Return the fix that estimates the layers' statistics, where the batches allow it."""
+        paths = tuple(layer.path for layer in layers if evidence.can_estimate(layer))
+        return Fix("estimate the statistics", "unsafe", "recalibrate", paths) if paths else None
+
     @classmethod
     def sections(cls) -> dict[str, str]:
         """Return the documentation: the summary under ``""``, then each heading's text."""

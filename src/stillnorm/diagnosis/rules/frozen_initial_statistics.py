@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stillnorm.diagnosis.evidence import Evidence
-from stillnorm.diagnosis.finding import Finding, Fix
+from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
 
@@ -60,7 +60,6 @@ class FrozenInitialStatistics(Rule):
         if not layers:
             return
         paths = tuple(layer.path for layer in layers)
-        ours = tuple(layer.path for layer in layers if layer.family != "frozen")
         verb = "was" if len(paths) == 1 else "were"
         yield self.finding(
             paths,
@@ -69,9 +68,7 @@ class FrozenInitialStatistics(Rule):
             evidence={"layers": len(paths)},
             help="load the checkpoint before freezing, or sn.unfreeze, sn.recalibrate(model, "
             "batches), sn.freeze",
-            fix=Fix("estimate the statistics", "unsafe", "recalibrate", ours)
-            if ours and evidence.runs
-            else None,
+            fix=self.estimation(evidence, layers),
             where=evidence.where(*layers),
         )
 

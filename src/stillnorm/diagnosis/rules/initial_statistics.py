@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stillnorm.diagnosis.evidence import Evidence
-from stillnorm.diagnosis.finding import Finding, Fix
+from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
 
@@ -69,9 +69,7 @@ class InitialStatistics(Rule):
             evidence={"layers": len(paths), "of": len(evidence.layers)},
             help="load the checkpoint with its buffers, or sn.recalibrate(model, batches) on "
             "training data",
-            fix=Fix("estimate the statistics", "unsafe", "recalibrate", paths)
-            if evidence.runs
-            else None,
+            fix=self.estimation(evidence, layers),
             where=evidence.where(*layers),
         )
 

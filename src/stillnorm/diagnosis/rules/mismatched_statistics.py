@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from stillnorm.diagnosis.evidence import Evidence
-from stillnorm.diagnosis.finding import Finding, Fix
+from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.measure import ENOUGH_SAMPLES, Distance
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
@@ -34,12 +34,12 @@ class MismatchedStatistics(Rule):
         small batches distort the batch flow, which is no fault of the statistics.
 
         Measured on six architectures with four seeds each, 64 images to calibrate and 64 to check:
-        of 24 healthy models the rule accuses none, in batches of 16, 2 and 1, on even images and on
-        heavy-tailed ones; the eval flow alone accuses 6 on heavy-tailed ones, the batch flow alone
-        4 in batches of 1. Of 24 models with one layer's mean off by 0.4 deviations, or its variance
-        by a factor of 2, the rule finds 24 from 32 samples on and accuses no other layer; the eval
-        flow alone misses up to half of the doubled variances, and accuses 5.7 other layers per
-        model with a halved one.
+        of 24 healthy models the rule accuses none in batches of 16 and 2, on even images and on
+        heavy-tailed ones, and one at 32 images in batches of 1; the eval flow alone accuses 6 on
+        heavy-tailed ones, the batch flow alone 4 in batches of 1. Of 24 models with one layer's
+        mean off by 0.4 deviations, or its variance by a factor of 2, the rule finds 24 from 32
+        images on and accuses no other layer; the eval flow alone misses up to half of the doubled
+        variances, and accuses 5.7 other layers per model with a halved one.
 
     Why it matters:
         This is the usual form of "train mode is fine, eval is not": statistics that are stale, of
@@ -116,7 +116,7 @@ class MismatchedStatistics(Rule):
             table=_table(evidence, layers),
             help="sn.recalibrate(model, batches) on training data; where the model's first layer "
             "is among them, look at the input's scale and normalisation before that",
-            fix=Fix("estimate the statistics anew", "unsafe", "recalibrate", paths),
+            fix=self.estimation(evidence, (layer for layer, _ in layers)),
             where=evidence.where(layers[0][0]),
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from stillnorm.diagnosis.evidence import Evidence
-from stillnorm.diagnosis.finding import Finding, Fix
+from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Table
@@ -75,9 +75,7 @@ class NonFiniteStatistics(Rule):
             ),
             help="sn.recalibrate(model, batches); then find the batch that did it "
             "(overflow in half precision, a corrupt sample)",
-            fix=Fix("estimate the statistics anew", "unsafe", "recalibrate", paths)
-            if evidence.runs
-            else None,
+            fix=self.estimation(evidence, poisoned),
             where=evidence.where(*poisoned),
         )
 

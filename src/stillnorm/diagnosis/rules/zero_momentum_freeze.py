@@ -66,7 +66,7 @@ class ZeroMomentumFreeze(Rule):
             note=_what_data_say(stale, len(layers)) if evidence.runs else "",
             help="before training: sn.freeze(model, [...]); after training with it: "
             "sn.recalibrate(model, batches), then freeze",
-            fix=_fix(paths, stale) if evidence.runs else None,
+            fix=_fix(evidence, layers, stale) if evidence.runs else None,
             where=evidence.where(*layers),
         )
 
@@ -86,9 +86,9 @@ def _what_data_say(stale: int, layers: int) -> str:
     return f"the statistics of {stale} of {count(layers, 'layer')} no longer describe these batches"
 
 
-def _fix(paths: tuple[str, ...], stale: int) -> Fix:
+def _fix(evidence: Evidence, layers: list[NormLayer], stale: int) -> Fix:
     if stale == 0:
+        paths = tuple(layer.path for layer in layers)
         return Fix("hold the statistics", "unsafe", "freeze", paths)
-    return Fix(
-        "estimate the statistics anew and hold them", "unsafe", "recalibrate and freeze", paths
-    )
+    paths = tuple(layer.path for layer in layers if evidence.can_estimate(layer))
+    return Fix("estimate the statistics, then hold them", "unsafe", "recalibrate and freeze", paths)

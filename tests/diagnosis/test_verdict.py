@@ -1,0 +1,85 @@
+"""Freeze, recalibrate or train: each where it is right, with its three numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diagnosis.nets import batches, conv_net, data, estimated
+from stillnorm import check, freeze
+from stillnorm.diagnosis import Report
+
+
+def bright(n: int, seed: int = 1) -> Tensor:
+    """Images that differ so much in brightness that two of them are a poor sample."""
+    g = torch.Generator().manual_seed(seed)
+    return data(n, seed) + 2 * torch.randn(n, 3, 1, 1, generator=g)
+
+
+def verdict(net: nn.Module, x: Tensor, size: int) -> Report:
+    return check(net, list(x.split(size)), max_batches=None).verdict
+
+
+def test_small_batches_beside_good_statistics_freeze() -> None:
+    net = estimated(conv_net(), bright(256, seed=2))
+    got = verdict(net, bright(64), 2)
+    assert (got.choice, got.batch_size) == ("freeze", 2)
+    assert got.batch > 0.3 > 0.2 > got.running
+    assert got.sentence == (
+        f"at 2 samples batch statistics are off by {got.batch:.2f} sigma, your running statistics "
+        f"by {got.running:.2f} sigma: freeze"
+    ).replace("by 0.00 sigma", "by less than 0.01 sigma")
+
+
+def test_large_batches_beside_good_statistics_train_on() -> None:
+    got = verdict(estimated(conv_net()), data(64), 32)
+    assert got.choice == "train"
+    assert got.batch < 0.2
+    assert got.sentence.endswith("train; freezing would gain nothing")
+
+
+def test_statistics_that_are_off_recalibrate_and_it_says_what_that_leaves() -> None:
+    net = estimated(conv_net())
+    net[1].running_mean += 3
+    got = verdict(net, data(64), 16)
+    assert got.choice == "recalibrate"
+    assert got.running > 1
+    assert got.recalibrated < 0.1
+    assert "running statistics are off by" in got.sentence
+
+
+def test_a_structural_fault_comes_first_and_says_what_freezing_would_keep() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(9 + 4 * self.bn(x).relu()).mean((2, 3))
+
+    net = estimated(Shared())
+    net.bn.running_mean += 3
+    report = check(net, batches(), score=lambda out, _: 0.25)
+    assert report.verdict.choice == "repair"
+    assert report.verdict.sentence == (
+        "repair SN201 before anything else; freezing now would keep 25.0 %"
+    )
+
+
+@pytest.mark.parametrize("kind", ["held", "instance"])
+def test_where_no_layer_uses_batch_statistics_there_is_nothing_to_decide(kind: str) -> None:
+    net = conv_net()
+    if kind == "instance":
+        net[1], net[4] = nn.InstanceNorm2d(8), nn.InstanceNorm2d(8)
+    estimated(net)
+    if kind == "held":
+        freeze(net)
+    assert verdict(net, data(32), 16).choice == "keep"
+
+
+def test_the_batch_size_is_the_users() -> None:
+    net = estimated(conv_net(), bright(256, seed=2))
+    noise = [verdict(net, bright(64), size).batch for size in (2, 8, 32)]
+    assert noise[0] > noise[1] > noise[2]
+    assert noise[0] / noise[2] == pytest.approx(4, rel=0.4)
