@@ -132,6 +132,16 @@ def test_one_value_per_channel_counts_and_is_passed_on_by_the_statistics_there_a
     assert torch.equal(outputs[-1], passed)
 
 
+def test_an_empty_batch_counts_for_nothing() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False))
+    x = torch.randn(4, 3, 5, 5)
+    recalibrate(net, iter([x[:0], x, x[:0]]))
+    assert_statistics(net[0], *pooled_moments([x]))
+    empty = nn.BatchNorm2d(3)
+    assert recalibrate(empty, x[:0]).refused[0][0] == ""
+    assert empty.running_var.tolist() == [1, 1, 1]
+
+
 def test_a_constant_channel_has_variance_zero() -> None:
     layer = nn.BatchNorm2d(2)
     x = torch.randn(4, 2, 5, 5)

@@ -60,7 +60,6 @@ def test_the_kernel_serves_contiguous_maps_with_a_moderate_mean() -> None:
     assert measured(x + 100)[2] == 4, "a large mean is measured sample by sample"
     assert measured(x.to(memory_format=torch.channels_last))[2] == 4
     assert measured(x.double())[2] == 4
-    assert measured(x[..., :1, :1].contiguous())[2] == 4
     x[:, 1] = 5.0
     assert measured(x)[2] == 4, "a constant channel has an infinite |mean| / sigma"
 

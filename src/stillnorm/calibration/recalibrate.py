@@ -109,7 +109,7 @@ def recalibrate(
         if (statistics := pool.estimate()) is not None
     ]
     refused = tuple(
-        (layer.path, "received a single value per channel, which has no variance")
+        (layer.path, "received at most one value per channel, which has no variance")
         for layer, pool in pools
         if pool.calls and pool.estimate() is None
     )

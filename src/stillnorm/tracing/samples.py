@@ -15,8 +15,6 @@ Source: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample varianc
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -35,14 +33,18 @@ def sample_moments(x: Tensor) -> Tensor:
     Cost:
         Three reads and two writes of x, a chunk at a time.
     """
-    rows = max(1, _CHUNK // max(1, math.prod(x.shape[1:])))
-    return torch.cat([_sample_moments(part) for part in torch.split(x.detach(), rows)], dim=1)
+    x = x.detach()
+    x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)  # (N, C, S)
+    if x.shape[2] == 1:
+        m = x[:, :, 0].to(torch.promote_types(x.dtype, torch.float32))
+        return torch.stack((m, torch.zeros_like(m), torch.zeros_like(m)))
+    rows = max(1, _CHUNK // max(1, x.shape[1] * x.shape[2]))
+    return torch.cat([_sample_moments(part) for part in torch.split(x, rows)], dim=1)
 
 
 def _sample_moments(x: Tensor) -> Tensor:
-    x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)  # (N, C, S)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    m = x.mean(2, keepdim=True)  # (N, C, 1)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # (n, C, S)
+    m = x.mean(2, keepdim=True)  # (n, C, 1)
     d = x - m
     r = d.mean(2, keepdim=True)
     var = (d.square_().mean(2, keepdim=True) - r * r).clamp_min(0)
