@@ -24,6 +24,8 @@ def demo(page: Path, format: str) -> None:
     Trains small networks for less than three minutes; downloads nothing. Every number is measured
     here, while you wait.
     """
+    if not page.parent.is_dir():  # said now, not after three minutes
+        raise click.BadParameter(f"there is no folder {page.parent}", param_hint="--page")
     from stillnorm.demo import run
     from stillnorm.reports import html
     from stillnorm.state.files import write_whole
