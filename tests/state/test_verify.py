@@ -351,6 +351,15 @@ def test_a_layer_that_the_models_own_train_keeps_in_eval_passes() -> None:
     assert fault(before, model) == "body.1: would normalise by the batch in train()"
 
 
+def test_a_lost_hold_is_named_though_something_else_keeps_the_layer() -> None:
+    model = Freezing().train()
+    sn.freeze(model)
+    before = sn.snapshot(model)
+    sn.unfreeze(model)
+    model.requires_grad_(False)
+    assert fault(before, model) == "body.1: its hold is gone (and 2 more layers)"
+
+
 def test_a_layer_merely_in_eval_mode_does_not_pass() -> None:
     model = layers.conv_net().eval()
     before = sn.snapshot(model)

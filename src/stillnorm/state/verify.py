@@ -82,8 +82,6 @@ def _thawed(before: Recorded, norm: NormLayer, modes: Modes) -> str | None:
     if norm.hold is not None:
         learns = before.hold and (before.hold.affine, norm.hold.affine) == ("frozen", "trains")
         return "its affine parameters were held and train now" if learns else None
-    if norm.family == "frozen":
-        return None
     flags = {modes.in_train[norm.module], bool(getattr(norm.module, "training", False))}
     in_eval = norm.normalizes_by(training=False)
     used = {norm.normalizes_by(flag) for flag in flags}
