@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor, nn
 
 import stillnorm as sn
-from stillnorm.norms import find_norms
+from stillnorm.norms import find_norms, hold_of
 from support import layers
 from support.fingerprint import bits
 
@@ -31,6 +31,7 @@ KINDS = (
     "own F.batch_norm",
     "own super().forward",
     "own train()",
+    "own sticky train()",
     "own formula",
 )
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -164,7 +165,7 @@ class Machine(RuleBasedStateMachine):
         if not (wake and manager == "no_updates"):
             # A held layer's flag may have been written past train(); a forward takes that back.
             now = [m.training for m in self.net.modules()]
-            held = [sn.norms.hold_of(m) is not None for m in self.net.modules()]
+            held = [hold_of(m) is not None for m in self.net.modules()]
             for before, after, is_held in zip(flags, now, held, strict=True):
                 assert before == after or (is_held and not after)
         else:
@@ -221,7 +222,8 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def is_frozen_says_what_is_held(self) -> None:
         for path, hold in self.holds.items() if hasattr(self, "holds") else ():
-            assert sn.is_frozen(self.net, path) is (hold.affine is not None)
+            sticky = isinstance(self._norm(path), layers.StickyNorm)
+            assert sn.is_frozen(self.net, path) is (sticky or hold.affine is not None)
 
     @invariant()
     def flags_of_the_others_are_the_twins(self) -> None:

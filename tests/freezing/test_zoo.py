@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import stillnorm as sn
-from stillnorm.norms import find_norms
+from stillnorm.norms import NormLayer, find_norms
 from support import zoo
 from support.fingerprint import Fingerprint
 
@@ -98,7 +98,7 @@ def test_held_network(name: str) -> None:
     assert [w for w in different if "version" not in w and "random" not in w] == []
 
 
-def _named(norm: sn.norms.NormLayer) -> dict[str, Tensor]:  # type: ignore[name-defined]
+def _named(norm: NormLayer) -> dict[str, Tensor]:
     return {f"{norm.path}.{key}": tensor for key, tensor in norm.tensors().items()}
 
 

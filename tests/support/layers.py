@@ -177,6 +177,7 @@ CASES: dict[str, Case] = {
     "own formula": Case(lambda: FormulaNorm(4), (3, 4, 5, 6)),
     "own gate": Case(lambda: GatedNorm(4), (3, 4, 5, 6)),
     "own train()": Case(lambda: CountingNorm(4), (3, 4, 5, 6)),
+    "own sticky train()": Case(lambda: StickyNorm(4), (3, 4, 5, 6)),
     "own __getstate__": Case(lambda: PickyNorm(4), (3, 4, 5, 6)),
 }
 if "bias" in inspect.signature(nn.BatchNorm2d).parameters:  # since torch 2.13

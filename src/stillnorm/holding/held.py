@@ -51,7 +51,7 @@ class Guard(nn.Module):
     def train(self, mode: bool = True) -> Any:
         """Note the wish and stay in eval; children and the class's own `train()` follow it."""
         super().train(mode)
-        self.__dict__[HOLD].asked = mode
+        self.__dict__[HOLD].asked = self.training  # the class's own train() may not have followed
         self.training = False
         return self
 
