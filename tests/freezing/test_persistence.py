@@ -254,6 +254,22 @@ def test_compiled_with_requires_grad_switched_on_again() -> None:
     assert all(p.grad is None for norm in find_norms(net) for p in norm.module.parameters())
 
 
+@pytest.mark.parametrize("name", ["2d", "own F.batch_norm", "instance2d"])
+def test_compiled_with_training_written_directly(name: str) -> None:
+    """Before the first call and after it: compiled code takes the flag back too."""
+    net = nn.Sequential(layers.make(name))
+    x = layers.example(name)
+    expected = net.eval()(x)
+    sn.freeze(net)
+    before = statistics(net)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    for _ in range(2):
+        net[0].training = True
+        assert torch.equal(compiled(x), expected)
+        assert not net[0].training
+    assert statistics(net) == before
+
+
 @pytest.mark.parametrize("name", ["2d", "own F.batch_norm"])
 def test_what_is_held_changes_after_compiling(name: str) -> None:
     """frozen to trains and back: the compiled code is not that of before."""
