@@ -53,6 +53,20 @@ class SuperNorm(nn.BatchNorm2d):
         return super().forward(x) + 1
 
 
+class SuperInstanceNorm(nn.InstanceNorm2d):
+    """The same of an instance norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class SuperSyncNorm(nn.SyncBatchNorm):
+    """The same of a synchronised norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
 class Doubling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -172,6 +186,10 @@ CASES: dict[str, Case] = {
     "own F.batch_norm": Case(lambda: ReluNorm(4), (3, 4, 5, 6)),
     "own by keywords": Case(lambda: KeywordNorm(4), (3, 4, 5, 6)),
     "own super().forward": Case(lambda: SuperNorm(4), (3, 4, 5, 6)),
+    "instance super().forward": Case(
+        lambda: SuperInstanceNorm(4, affine=True, track_running_stats=True), (3, 4, 5, 6)
+    ),
+    "sync super().forward": Case(lambda: SuperSyncNorm(4), (3, 4, 5, 6)),
     "mixin": Case(lambda: MixinNorm(4), (3, 4, 5, 6)),
     "grandchild": Case(lambda: GrandchildNorm(4), (3, 4, 5, 6)),
     "own formula": Case(lambda: FormulaNorm(4), (3, 4, 5, 6)),
