@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -38,8 +38,12 @@ from stillnorm.norms import Modes, NormLayer, find_norms, probe_modes
 from stillnorm.state import preserved
 from stillnorm.tracing import Call, Forward, Trace, batch_size, each_batch, trace
 
-Score = Callable[[object, object], float]
+Score = Callable[[Any, Any], float]
 Flow = Literal["eval", "batch", "recalibrated"]
+
+
+MATTERS = 0.05
+SENSITIVE = 1 / 3  # of the thresholds, once the user's own score says that statistics are stale
 
 
 class CannotTell(Exception):
@@ -59,6 +63,17 @@ class Head:
     eval: float
     batch: float
     recalibrated: float | None
+
+    def matters(self, difference: float) -> bool:
+        """Tell a gain from what other samples might have shown: five points, or five percent."""
+        scores = [s for s in (self.eval, self.batch, self.recalibrated) if s is not None]
+        fractions = all(0 <= score <= 1 for score in scores)
+        return difference > MATTERS * (1 if fractions else max(map(abs, scores)))
+
+    @property
+    def recalibration_pays(self) -> bool:
+        """Whether recalibrating raises the score by what matters."""
+        return self.recalibrated is not None and self.matters(self.recalibrated - self.eval)
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,12 +220,16 @@ class Evidence:
         eval flow has to show half as much, where it can be measured: very small batches distort the
         batch flow itself, and that is no fault of the statistics. Single samples, which batch norm
         turns into instance norm, distort it so much that the eval flow has to agree in full.
+
+        Many small errors add up: where recalibration raises the user's score, a third is enough.
         """
         own, felt = self.distance(layer, "batch"), self.distance(layer, "eval")
-        if own is None or not own.far:
+        head = None if self.runs is None else self.runs.head
+        part = SENSITIVE if head is not None and head.recalibration_pays else 1.0
+        if own is None or not own.is_far(part):
             return False
         single = max(self.measured.batch_sizes) == 1
-        return felt is None or (felt.far if single else felt.exceeds(0.5))
+        return felt is None or (felt.is_far(part) if single else felt.exceeds(part / 2))
 
     def contradicts_initial(self, layer: NormLayer) -> bool:
         """Tell whether what a never-estimated layer received has another mean or variance.
