@@ -38,10 +38,11 @@ ARCHITECTURES = (
 )
 COUNTS = (8, 16, 32, 64)
 RULES: dict[str, Callable[[dict[str, Distance], int], bool]] = {
-    "eval": lambda seen, size: seen["eval"].far,
-    "batch": lambda seen, size: seen["batch"].far,
+    "eval": lambda seen, size: seen["eval"].is_far(),
+    "batch": lambda seen, size: seen["batch"].is_far(),
     "rule": lambda seen, size: (
-        seen["batch"].far and (seen["eval"].far if size == 1 else seen["eval"].exceeds(0.5))
+        seen["batch"].is_far()
+        and (seen["eval"].is_far() if size == 1 else seen["eval"].exceeds(0.5))
     ),
 }
 

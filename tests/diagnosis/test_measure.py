@@ -84,8 +84,8 @@ def test_right_statistics_are_at_distance_zero_and_wrong_ones_at_theirs() -> Non
     assert wrong.mean == pytest.approx(0.5 * 2**0.5, rel=0.01)
     assert wrong.variance == pytest.approx(2 * (2 - 1) / (2 + 1), rel=0.01)
     assert wrong.ratio == pytest.approx(2)
-    assert wrong.far
-    assert not right.far
+    assert wrong.is_far()
+    assert not right.is_far()
 
 
 @pytest.mark.parametrize("factor", [0.25, 4.0])
@@ -131,8 +131,8 @@ def test_call_sites_that_differ_are_far_apart_and_siamese_ones_are_not() -> None
     )
     assert same is not None
     assert other is not None
-    assert not same.far
-    assert other.far
+    assert not same.is_far()
+    assert other.is_far()
 
 
 @pytest.mark.parametrize("size", [2, 8])

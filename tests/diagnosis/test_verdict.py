@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diagnosis.nets import batches, conv_net, data, estimated
 from stillnorm import check, freeze
-from stillnorm.diagnosis import Report
+from stillnorm.diagnosis import Verdict
 
 
 def bright(n: int, seed: int = 1) -> Tensor:
@@ -17,7 +17,7 @@ def bright(n: int, seed: int = 1) -> Tensor:
     return data(n, seed) + 2 * torch.randn(n, 3, 1, 1, generator=g)
 
 
-def verdict(net: nn.Module, x: Tensor, size: int) -> Report:
+def verdict(net: nn.Module, x: Tensor, size: int) -> Verdict:
     return check(net, list(x.split(size)), max_batches=None).verdict
 
 
@@ -46,7 +46,37 @@ def test_statistics_that_are_off_recalibrate_and_it_says_what_that_leaves() -> N
     assert got.choice == "recalibrate"
     assert got.running > 1
     assert got.recalibrated < 0.1
-    assert "running statistics are off by" in got.sentence
+    assert "your running statistics are off by" in got.sentence
+
+
+def test_stale_statistics_count_though_another_finding_explains_them() -> None:
+    """SN002 stands for SN105 there; the verdict is not "train" for that."""
+    net = estimated(conv_net(momentum=0))
+    net[1].running_mean += 3
+    assert verdict(net, data(64), 16).choice == "recalibrate"
+
+
+def scored(eval: float, batch: float, recalibrated: float, n: int = 16) -> Verdict:
+    """The verdict on a healthy network whose user measures these scores, in order of the passes."""
+    passes = iter((eval, batch, recalibrated))
+    return check(estimated(conv_net()), [data(n)], score=lambda out, _: next(passes)).verdict
+
+
+def test_the_users_score_outweighs_sigmas() -> None:
+    assert scored(0.84, 0.95, 0.96).choice == "recalibrate"
+    assert scored(0.84, 0.95, 0.96).sentence == (
+        "your running statistics score 84.0 %, recalibrated 96.0 %: recalibrate"
+    )
+    assert scored(0.95, 0.55, 0.95).choice == "freeze"
+    assert scored(0.95, 0.55, 0.95).sentence == (
+        "at 16 samples batch statistics score 55.0 %, your running statistics 95.0 %: freeze"
+    )
+
+
+def test_scores_that_differ_by_less_than_what_matters_decide_nothing() -> None:
+    assert scored(0.93, 0.95, 0.96).choice == "train"
+    assert scored(-3.1, -3.0, -3.0).choice == "train"
+    assert scored(-3.1, -2.0, -2.0).choice == "recalibrate"
 
 
 def test_a_structural_fault_comes_first_and_says_what_freezing_would_keep() -> None:

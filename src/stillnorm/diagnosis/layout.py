@@ -73,7 +73,7 @@ def _head(head: Head) -> Table:
 def _cause(head: Head, recalibrated: float) -> str:
     """Say whether stale statistics account for the gap between eval and batch statistics."""
     gap, closed = head.batch - head.eval, recalibrated - head.eval
-    if gap <= 0.02 * max(abs(head.batch), abs(head.eval)):
+    if not head.matters(gap):
         return ""
     if closed >= 0.8 * gap:
         return "so stale statistics are the cause"

@@ -144,20 +144,24 @@ class Distance:
         return effect(self.q)
 
     @cached_property
-    def p(self) -> float:
-        """How often noise alone would show such a difference, of those that are large."""
-        means = sign_flip_p(self.d) if self.mean > FAR_MEAN else 1.0
-        variances = sign_flip_p(self.q) if self.variance > FAR_VARIANCE else 1.0
-        return min(means, variances)
+    def p_mean(self) -> float:
+        """How often noise alone would show such a difference of the means."""
+        return sign_flip_p(self.d)
+
+    @cached_property
+    def p_variance(self) -> float:
+        """How often noise alone would show such a difference of the variances."""
+        return sign_flip_p(self.q)
 
     def exceeds(self, part: float) -> bool:
         """Tell whether the size, whatever its p, is more than a part of what counts as far."""
         return self.mean > part * FAR_MEAN or self.variance > part * FAR_VARIANCE
 
-    @property
-    def far(self) -> bool:
-        """Whether the difference is both large and beyond sampling noise."""
-        return self.p < SIGNIFICANT
+    def is_far(self, part: float = 1.0) -> bool:
+        """Tell whether the difference is both that large and beyond sampling noise."""
+        return (self.mean > part * FAR_MEAN and self.p_mean < SIGNIFICANT) or (
+            self.variance > part * FAR_VARIANCE and self.p_variance < SIGNIFICANT
+        )
 
 
 def distance(

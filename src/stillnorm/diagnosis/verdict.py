@@ -58,40 +58,60 @@ def judge(evidence: Evidence, findings: Sequence[Finding]) -> Verdict | None:
     free = [layer for layer in reached if evidence.trains_by_batch(layer) and layer.has_statistics]
     if not free:
         return Verdict("keep", "no norm layer uses batch statistics: nothing to decide", size)
-    batch = _rms(evidence.noise(layer) for layer in free)
-    running = _off(evidence, free, "eval")
-    recalibrated = _off(evidence, free, "recalibrated")
-    choice, reason = _choose(evidence.runs.head, findings, size, batch, running, recalibrated)
-    return Verdict(choice, reason, size, batch, running, recalibrated)
-
-
-def _choose(
-    head: Head | None,
-    findings: Sequence[Finding],
-    size: int,
-    batch: float | None,
-    running: float | None,
-    recalibrated: float | None,
-) -> tuple[Choice, str]:
-    errors = {finding.code for finding in findings if finding.severity == "error"}
-    stale = {finding.code for finding in findings if finding.severity != "info"} & set(STALE)
-    if structural := [code for code in STRUCTURAL if code in errors]:
-        would_keep = (
-            "" if head is None else f"; freezing now would keep {in_units(head.eval, head)}"
-        )
-        return "repair", f"repair {structural[0]} before anything else{would_keep}"
-    if stale:
-        return "recalibrate", (
-            f"running statistics are off by {_sigma(running)}, recalibrated by "
-            f"{_sigma(recalibrated)}: recalibrate"
-        )
-    numbers = (
-        f"at {count(size, 'sample')} batch statistics are off by {_sigma(batch)}, your running "
-        f"statistics by {_sigma(running)}"
+    numbers = _Numbers(
+        size=size,
+        batch=_rms(evidence.noise(layer) for layer in free),
+        running=_off(evidence, free, "eval"),
+        recalibrated=_off(evidence, free, "recalibrated"),
+        head=evidence.runs.head,
     )
-    if batch is not None and running is not None and batch > max(NOISY, running):
-        return "freeze", f"{numbers}: freeze"
-    return "train", f"{numbers}: train; freezing would gain nothing"
+    codes = {finding.code for finding in findings if finding.severity != "info"}
+    stale = any(evidence.mismatched(layer) for layer in free) or bool(codes & set(STALE))
+    broken = [f.code for f in findings if f.severity == "error" and f.code in STRUCTURAL]
+    choice, sentence = numbers.choose(broken, stale)
+    return Verdict(choice, sentence, size, numbers.batch, numbers.running, numbers.recalibrated)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    size: int
+    batch: float | None
+    running: float | None
+    recalibrated: float | None
+    head: Head | None
+
+    def choose(self, broken: Sequence[str], stale: bool) -> tuple[Choice, str]:
+        """Return the choice and the sentence. The user's score, where given, outweighs sigmas."""
+        head = self.head
+        if broken:
+            kept = "" if head is None else f"; freezing now would keep {in_units(head.eval, head)}"
+            return "repair", f"repair {broken[0]} before anything else{kept}"
+        if stale or (head is not None and head.recalibration_pays):
+            return "recalibrate", f"{self._repaired()}: recalibrate"
+        if head is not None and head.matters(head.eval - head.batch):
+            return "freeze", (
+                f"at {count(self.size, 'sample')} batch statistics score "
+                f"{in_units(head.batch, head)}, your running statistics "
+                f"{in_units(head.eval, head)}: freeze"
+            )
+        numbers = (
+            f"at {count(self.size, 'sample')} batch statistics are off by {_sigma(self.batch)}, "
+            f"your running statistics by {_sigma(self.running)}"
+        )
+        if self.batch is not None and self.batch > max(NOISY, self.running or 0):
+            return "freeze", f"{numbers}: freeze"
+        return "train", f"{numbers}: train; freezing would gain nothing"
+
+    def _repaired(self) -> str:
+        """Say what recalibration changes, in the user's score where there is one."""
+        head = self.head
+        if head is not None and head.recalibrated is not None and head.recalibration_pays:
+            before, after = in_units(head.eval, head), in_units(head.recalibrated, head)
+            return f"your running statistics score {before}, recalibrated {after}"
+        return (
+            f"your running statistics are off by {_sigma(self.running)}, recalibrated by "
+            f"{_sigma(self.recalibrated)}"
+        )
 
 
 def in_units(value: float, head: Head) -> str:

@@ -48,6 +48,19 @@ def test_it_says_how_far_and_what_recalibration_repairs() -> None:
     assert numbers["p"] < 0.002
 
 
+def test_many_small_errors_are_named_when_the_score_says_that_they_cost() -> None:
+    """Each is under the threshold, and together they are what recalibration repairs."""
+    net = estimated(conv_net())
+    for path in ("1", "4"):
+        layer = net.get_submodule(path)
+        layer.running_mean += 0.2 * layer.running_var.sqrt()
+    assert found(check(net, batches())) == {}
+    for gain, expected in ((0.0, {}), (0.2, {"SN105": ("1", "4")})):
+        passes = iter([0.5] * 8 + [0.5 + gain] * 4)
+        report = check(net, batches(), score=lambda out, _, passes=passes: next(passes))
+        assert found(report) == expected
+
+
 def test_below_32_samples_it_is_a_remark() -> None:
     report = check(with_fault("1", mean=1), batches(n=16))
     (finding,) = report.findings

@@ -103,7 +103,7 @@ def _sites(evidence: Evidence, layer: NormLayer) -> _Shared | None:
         return None
     sites = [seen for calls in grouped if (seen := samples_of(calls, runs.batch_sizes))]
     pairs = [between(a, b, layer.eps) for a, b in combinations(sites, 2)]
-    far = [pair for pair in pairs if pair is not None and pair.far]
+    far = [pair for pair in pairs if pair is not None and pair.is_far()]
     if not far:
         return None
     return _Shared(layer, tuple(sites), max(far, key=lambda pair: pair.mean + pair.variance))

@@ -8,7 +8,7 @@ from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.reports.document import Table
-from stillnorm.reports.numbers import count, number
+from stillnorm.reports.numbers import count
 
 SHOWN = 3
 NOISY = 0.3
@@ -69,11 +69,11 @@ class SmallBatchStatistics(Rule):
         yield self.finding(
             tuple(layer.path for layer in layers),
             f"{count(size, 'sample')} are too few for {count(len(layers), 'layer')}: batch means "
-            f"scatter by up to {number(worst)} sigma",
+            f"scatter by up to {worst:.2f} sigma",
             evidence={"batch_size": size, "noise": {x.path: noise[x] for x in layers}},
             table=Table(
                 ("", "noise of the batch mean"),
-                tuple((x.path or "(root)", f"{number(noise[x])} sigma") for x in layers[:SHOWN]),
+                tuple((x.path or "(root)", f"{noise[x]:.2f} sigma") for x in layers[:SHOWN]),
                 "lr",
             ),
             also=count(len(layers) - SHOWN, "more layer") if len(layers) > SHOWN else "",
