@@ -168,6 +168,13 @@ def test_the_json_has_every_field() -> None:
     assert read["others"] == {"changed": 0, "unchanged": 5, "gone": 0, "new": 0}
 
 
+def test_control_characters_in_a_files_keys_are_not_printed() -> None:
+    a = {"\x1b[31m.running_mean": torch.ones(1), "\x1b[31m.running_var": torch.ones(1)}
+    b = {key: tensor + 1 for key, tensor in a.items()}
+    assert "\x1b" not in str(diff_states(a, b))
+    assert "\x1b" not in str(diff_states(a, {}))
+
+
 # ------------------------------------------------------------------------------------------- keys
 
 

@@ -262,7 +262,8 @@ def test_any_bytes_give_one_clear_error(
 
 
 @pytest.mark.parametrize(
-    "content", [{"epoch": 3, "lr": 0.1}, {}, [torch.ones(2)], torch.ones(2), 5, "text"]
+    "content",
+    [{"epoch": 3, "lr": 0.1}, {"a\nb\x1b": 3}, {}, [torch.ones(2)], torch.ones(2), 5, "text"],
 )
 def test_files_without_a_state_dict(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "a.pt")

@@ -178,7 +178,7 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         raise _unreadable(path, error) from error
     state = _state_dict_in(checkpoint)
     if state is None:
-        keys = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, Mapping) else ""
+        keys = ", ".join(map(repr, checkpoint)) if isinstance(checkpoint, Mapping) else ""
         what = f"its keys are {keys}" if keys else f"it holds a {type(checkpoint).__name__}"
         raise FileFormatError(
             f"{path} has no state dict in it: {what[:200]}",

@@ -84,8 +84,11 @@ def dotted(path: str, name: str) -> str:
 
 
 def shown(path: str) -> str:
-    """Return a path as reports write it; a model that is itself a norm layer has none."""
-    return path or "(root)"
+    """Return a path as reports write it; a model that is itself a norm layer has none.
+
+    Keys of foreign files may hold anything: control characters do not reach the terminal.
+    """
+    return (path if path.isprintable() else ascii(path)) or "(root)"
 
 
 def _copy(tensor: Tensor) -> Tensor:
