@@ -40,7 +40,7 @@ class BasicBlock(nn.Module):
 
 
 class DeepLabV2(nn.Module):
-    """The network: 13 norm layers with `width` 16.
+    """The network: 12 norm layers.
 
     Shape:
         - x: ``(N, 3, H, W)``

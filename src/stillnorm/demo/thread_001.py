@@ -1,105 +1,69 @@
-"""Chapter 5, thread 001: momentum the other way round, half precision, freezing by hand."""
+"""Chapter 5, thread 001: momentum the other way round, updates in forward, half precision."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
 import stillnorm as sn
-from stillnorm.demo.chapter import Chapter, Track, checked, demand_drama
+from stillnorm.demo.chapter import Chapter, Track, as_checked, checked, demand_drama
 from stillnorm.demo.data import Labelled, digits
+from stillnorm.demo.half import Frozen, half_error, under_autocast
+from stillnorm.demo.plotted import PlottedNet, layer_inputs
 from stillnorm.demo.progress import silent
 from stillnorm.demo.samples import histogram
-from stillnorm.demo.training import accuracy, measured_accuracy, train
+from stillnorm.demo.training import measured_accuracy, train
 from stillnorm.diagnosis import Report
-from stillnorm.reports import Bar, Bars, Block, Code, Heading, Histogram, Line, Quote, Span, Table
-from stillnorm.reports.numbers import number, percent
+from stillnorm.reports import (
+    Bar,
+    Bars,
+    Block,
+    Code,
+    Heading,
+    Histogram,
+    Line,
+    Quote,
+    Span,
+    Table,
+    Text,
+)
+from stillnorm.reports.numbers import count, number, percent, size
 
 BATCH = 8
-KERAS, TORCH = 0.99, 0.01  # one convention's number, and the same in the other
-HIDDEN, WIDTH = 8, 32
+KERAS = 0.99  # the default of Keras, where momentum is the weight of the old value
+TORCH = 0.01  # the same in torch, where it is that of the new batch
+
+LOOP = """\
+for epoch in range(EPOCH):
+    net.eval()             # set eval mode to fix moving_mean and moving_var
+    pred, layer_input, pre_act = net(test_x)
+    net.train()            # free moving_mean and moving_var
+    plot_histogram(...)
+"""
 
 
-class Net(nn.Module):
-    """The tutorial network of the thread: linear, norm, tanh, several times over."""
-
-    def __init__(self, do_bn: bool, momentum: float) -> None:
-        super().__init__()
-        self.do_bn = do_bn
-        self.fcs = nn.ModuleList(nn.Linear(WIDTH if i else 64, WIDTH) for i in range(HIDDEN))
-        self.bns = nn.ModuleList(
-            nn.BatchNorm1d(WIDTH, momentum=momentum) for _ in range(HIDDEN if do_bn else 0)
-        )
-        self.predict = nn.Linear(WIDTH, 10)
-        for fc in self.fcs:  # as the tutorial has it, to make the layers' inputs go wrong
-            nn.init.normal_(fc.get_parameter("weight"), 0.0, 0.1)
-            nn.init.constant_(fc.get_parameter("bias"), -0.2)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the class scores and the input of every layer."""
-        layer_inputs = [x]
-        for i, fc in enumerate(self.fcs):
-            x = fc(x)
-            if self.do_bn:
-                x = self.bns[i](x)
-            x = torch.tanh(x)
-            layer_inputs.append(x)
-        return self.predict(x), layer_inputs
-
-
-class FreezingNet(Net):
-    """The thread's recipe: `train()` overridden, with a flag."""
+class MyNet(PlottedNet):
+    """The network with the `train()` that the post recommends."""
 
     freeze_bn = True
+    freeze_bn_affine = True
 
-    def train(self, mode: bool = True) -> FreezingNet:
-        """Set the modes, the norms' to eval."""
+    def train(self, mode: bool = True) -> MyNet:
+        """Train, and freeze the norms again."""
         super().train(mode)
         if self.freeze_bn:
             for m in self.modules():
                 if isinstance(m, nn.BatchNorm1d):
                     m.eval()
+                    if self.freeze_bn_affine:
+                        m.weight.requires_grad = False
+                        m.bias.requires_grad = False
         return self
-
-
-class FrozenByFormula(nn.Module):
-    """What torchvision's FrozenBatchNorm2d computes: ``x * scale + bias``, scale in float32."""
-
-    def __init__(self, bn: nn.BatchNorm2d) -> None:
-        super().__init__()
-        for name, tensor in (*bn.named_parameters(), *bn.named_buffers()):
-            self.register_buffer(name, tensor.detach().clone())
-        self.eps = bn.eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised (N, C, H, W)."""
-        w, b, rv, rm = (
-            self.get_buffer(name).reshape(1, -1, 1, 1)
-            for name in ("weight", "bias", "running_var", "running_mean")
-        )
-        scale = w * (rv + self.eps).rsqrt()
-        return x * scale + (b - rm * scale)
-
-
-@dataclass(frozen=True)
-class Half:
-    """One frozen layer on float16 inputs.
-
-    Args:
-        layer: Which.
-        dtype: The dtype of its output.
-        saved: The bytes that it and the ReLU after it keep for backward.
-    """
-
-    layer: str
-    dtype: str
-    saved: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,216 +71,213 @@ class Conventions(Chapter):
     """What was measured.
 
     Args:
-        train_mode: Accuracy by batch statistics with momentum 0.99.
-        keras: In eval mode with momentum 0.99, copied from Keras.
-        torch: In eval mode with the same training and momentum 0.01.
-        report: What `check` says of the former.
-        moved: How far one forward under no_grad in train mode moved a running mean, at most.
-        held_by: What `inspect` says holds the layers of a network whose `train()` is overridden.
-        thawed_by_child: Whether `train()` on such a layer itself thaws it.
-        restored: Whether `eval_mode` gave every module the mode that it had.
-        halves: Frozen layers on float16 inputs.
-        with_norm: The layer inputs with BatchNorm.
-        without_norm: The layer inputs without.
+        keras_momentum: Accuracy in eval mode, trained with momentum 0.99.
+        torch_momentum: The same with momentum 0.01.
+        same_weights: Whether all parameters of the two are bit-equal.
+        without_norms: Accuracy of the network without norms, trained the same way.
+        moved_without_gradient: How far running_mean moved in one forward under no_grad, at most.
+        thawed_by_loop: Of how many layers set to eval his loop puts back into train mode.
+        thawed_by_eval_mode: The same with `sn.eval_mode` in its place.
+        held_by: What `inspect` says holds the layers of a network with its own `train()`.
+        half_error: What torch says to half weights beside float32 statistics.
+        frozen: Frozen layers under autocast.
+        report: What `check` says of momentum 0.99.
+        inputs: What enters the layers, with and without norms.
     """
 
-    train_mode: float
-    keras: float
-    torch: float
-    report: Report
-    moved: float
+    keras_momentum: float
+    torch_momentum: float
+    same_weights: bool
+    without_norms: float
+    moved_without_gradient: float
+    thawed_by_loop: int
+    thawed_by_eval_mode: int
     held_by: str
-    thawed_by_child: bool
-    restored: bool
-    halves: tuple[Half, ...]
-    with_norm: Histogram
-    without_norm: Histogram
+    half_error: str
+    frozen: tuple[Frozen, ...]
+    report: Report
+    inputs: tuple[Histogram, ...]
 
     thread = "001"
-    title = "Momentum the other way round, and half precision"
+    title = "Conventions that bite"
 
     def brief(self) -> tuple[Block, ...]:
         """Tell it in a few lines."""
-        foreign, ours = self.halves
-        rows: tuple[tuple[Any, ...], ...] = (
-            ("momentum 0.99, as in Keras", ("eval ", Span(percent(self.keras), "error"))),
-            ("momentum 0.01, what it means here", f"eval {percent(self.torch)}"),
+        bit_equal = "bit-equal" if self.same_weights else "other"
+        rows: tuple[tuple[Text, ...], ...] = (
             (
-                "one forward under no_grad, train mode",
-                f"running_mean moved by {number(self.moved)}",
+                "momentum 0.99, from Keras",
+                ("eval ", Span(percent(self.keras_momentum), "error")),
+                f"0.01: eval {percent(self.torch_momentum)}, {bit_equal} weights",
             ),
-            ("train() overridden with a freeze flag", f"inspect: held by {self.held_by}"),
             (
-                f"float16 into {foreign.layer}",
-                f"{foreign.dtype} out, {foreign.saved / ours.saved:.1f}x saved bytes",
+                "a forward under no_grad",
+                f"moves running_mean by {number(self.moved_without_gradient)}",
+                "statistics move in forward",
             ),
-            (f"float16 into {ours.layer}", f"{ours.dtype} out"),
+            (
+                "eval(), plot, train()",
+                f"thaws {count(self.thawed_by_loop, 'layer')}",
+                f"with sn.eval_mode(net): {self.thawed_by_eval_mode}",
+            ),
+            ("a train() of one's own", f"holds: {self.held_by}", "seen by sn.inspect"),
+            *(
+                (f"half, {layer.name}", f"{layer.dtype} out", f"{size(layer.saved_bytes)} saved")
+                for layer in self.frozen
+            ),
         )
-        return (QUOTE, Table((), rows, "ll", indent=2, gap=3), checked(self.report.findings))
+        return (QUOTE, Table((), rows, "lll", indent=2), checked(self.report.findings))
 
     def page(self) -> tuple[Block, ...]:
-        """Tell it with plots and findings."""
-        bars = (
-            Bar("batch statistics", 100 * self.train_mode, "as trained, batches of 8"),
-            Bar("momentum 0.99", 100 * self.keras, "the last batches decide", "error"),
-            Bar("momentum 0.01", 100 * self.torch, "the same training"),
-        )
-        half = Table(
-            ("frozen layer", "output", "saved for backward, bytes"),
-            tuple((h.layer, h.dtype, f"{h.saved:,}") for h in self.halves),
-            "llr",
+        """Tell it with code, plots and findings."""
+        accuracies = (
+            Bar("momentum 0.99", 100 * self.keras_momentum, "the last batch alone", "error"),
+            Bar("momentum 0.01", 100 * self.torch_momentum, "the same weights"),
+            Bar("without BatchNorm", 100 * self.without_norms, "for comparison"),
         )
         return (
             QUOTE,
-            Bars("accuracy on 360 test digits, eval mode", bars, "%"),
-            checked(self.report.findings),
+            Heading("Momentum", 3),
             Line(
-                "torch's momentum is the weight of the new batch, Keras's and TensorFlow's that of "
-                "the old average: 0.99 there is 0.01 here. The statistics are updated in the "
-                "forward, not in backward or step: one forward under torch.no_grad() in train mode "
-                f"moved a running mean by {number(self.moved)}."
+                "In torch momentum is the weight of the new batch, in Keras that of the old value. "
+                "The network of the post, trained twice on digits in batches of 8. Running "
+                "statistics take no part in training, so the weights are bit-equal "
+                f"({'yes' if self.same_weights else 'no'}); only what eval mode uses differs."
             ),
-            Heading("What each layer receives, with BatchNorm and without", 3),
-            self.with_norm,
-            self.without_norm,
+            Bars("accuracy in eval mode on 360 test digits", accuracies, "%"),
+            *as_checked(self.report),
+            Heading("What enters each layer, with and without BatchNorm", 3),
+            Line(
+                "The histograms of the post's training loop, before the first step. With norms the "
+                "spread stays; without them it is lost on the way."
+            ),
+            *self.inputs,
+            Heading("Statistics move in forward", 3),
+            Line(
+                "Not in backward and not in the optimizer's step: one forward in train mode under "
+                "`torch.no_grad()` moved running_mean by "
+                f"{number(self.moved_without_gradient)}. `sn.no_updates(net)` stops that."
+            ),
+            Heading("eval() in the middle of training", 3),
+            Code(LOOP),
+            Line(
+                "With norms set to eval before the loop, its `net.train()` thaws "
+                f"{self.thawed_by_loop} of them. `with sn.eval_mode(net):` in its place gives "
+                f"every module back the mode it had: {self.thawed_by_eval_mode} thawed."
+            ),
+            Heading("A train() of one's own", 3),
+            Code(inspect.getsource(MyNet)),
+            Line(f"It works, and `sn.inspect` says what holds the layers: `{self.held_by}`."),
             Heading("Half precision", 3),
-            Line("One frozen layer and a ReLU, 8 x 64 x 28 x 28 in float16, affine frozen."),
-            half,
-            Heading("Freezing by an overridden train()", 3),
             Line(
-                f"inspect says what holds the layers: {self.held_by}. It lasts through "
-                "model.train(); train() on the layer itself "
-                f"{'thaws it' if self.thawed_by_child else 'does not thaw it'}. For the plot in "
-                "the middle of training there is"
+                "Half weights beside float32 statistics, the mix of the post, still raise: "
+                f"`{self.half_error}`. Convert the whole layer, or leave the whole layer in "
+                "float32, as autocast does:"
             ),
-            Code("with sn.eval_mode(net):\n    pred, layer_inputs = net(test_x)"),
+            Table(
+                ("under autocast to float16", "returns", "autograd keeps"),
+                tuple((layer.name, layer.dtype, size(layer.saved_bytes)) for layer in self.frozen),
+                "llr",
+            ),
             Line(
-                "after which every module has the mode that it had: "
-                f"{'yes' if self.restored else 'no'}."
+                "Counted are the activations kept by convolution, norm and ReLU, for an input of "
+                "8 x 16 x 56 x 56."
             ),
         )
 
     def numbers(self) -> Mapping[str, float]:
         """Return the measured numbers by name."""
-        foreign, ours = self.halves
+        saved = {f"saved_bytes {layer.name}": float(layer.saved_bytes) for layer in self.frozen}
         return {
-            "train_mode": self.train_mode,
-            "keras": self.keras,
-            "torch": self.torch,
-            "moved": self.moved,
-            "saved_ratio": foreign.saved / ours.saved,
-        }
+            "keras_momentum": self.keras_momentum,
+            "torch_momentum": self.torch_momentum,
+            "without_norms": self.without_norms,
+            "moved_without_gradient": self.moved_without_gradient,
+            "thawed_by_loop": self.thawed_by_loop,
+            "thawed_by_eval_mode": self.thawed_by_eval_mode,
+        } | saved
 
 
 QUOTE = Quote(
-    "Momentum smoothing of the BN layer in Pytorch is computed in the opposite way ... "
-    "RuntimeError: expected scalar type Half but found Float",
+    "Momentum smoothing of the BN layer in Pytorch is computed in the opposite way to the common "
+    "momentum method ... expected scalar type Half but found Float",
     "thread 001",
 )
 
 
 def play(seed: int = 0, *, epochs: int = 4, track: Track = silent) -> Conventions:
-    """Train the tutorial's network with either momentum, and look at what the thread asks.
+    """Train the network of the post by both conventions, and try what else the post says.
 
     Raises:
-        StillnormError: Eval with momentum 0.99 is within five points of 0.01.
+        StillnormError: The conventions are within five points of each other.
     """
-    train_set, test_set = (_flat(data) for data in digits(seed))
-    nets = {}
-    for momentum in track((KERAS, TORCH), "training with either momentum"):
-        nets[momentum] = _trained(Net(True, momentum), train_set, seed, epochs)
-    plain = _trained(Net(False, TORCH), train_set, seed, epochs)
-    scores = {m: measured_accuracy(net.eval(), test_set, BATCH) for m, net in nets.items()}
-    demand_drama(
-        Conventions.thread, "eval with momentum 0.01 and 0.99", scores[TORCH], scores[KERAS]
-    )
-    wrong = nets[KERAS]
-    with sn.preserved(wrong):
-        train_mode = measured_accuracy(wrong.train(), test_set, BATCH)
-    report = sn.check(wrong, train_set.batches(BATCH)[:8], score=accuracy)
-    held_by, thawed = _overridden()
-    with sn.eval_mode(nets[TORCH]), sn.eval_mode(plain), torch.no_grad():
-        with_norm = nets[TORCH](test_set.x)[1]
-        without_norm = plain(test_set.x)[1]
+    train_set, test_set = digits(seed)
+
+    def trained(momentum: float | None) -> nn.Module:
+        torch.manual_seed(seed)
+        net = PlottedNet(momentum)
+        what = "without norms" if momentum is None else f"momentum {momentum}"
+        _train(net, train_set, epochs, seed, track, what)
+        return net.eval()
+
+    keras, right, without = trained(KERAS), trained(TORCH), trained(None)
+    wrong, as_meant = (measured_accuracy(net, test_set, 64) for net in (keras, right))
+    demand_drama(Conventions.thread, "eval with momentum 0.01 and 0.99", as_meant, wrong)
     return Conventions(
-        train_mode=train_mode,
-        keras=scores[KERAS],
-        torch=scores[TORCH],
-        report=report,
-        moved=_moved_under_no_grad(nets[TORCH], test_set.x),
-        held_by=held_by,
-        thawed_by_child=thawed,
-        restored=_modes_come_back(nets[TORCH]),
-        halves=tuple(_halves()),
-        with_norm=_inputs("with BatchNorm", with_norm),
-        without_norm=_inputs("without", without_norm),
+        keras_momentum=wrong,
+        torch_momentum=as_meant,
+        same_weights=all(map(torch.equal, keras.parameters(), right.parameters())),
+        without_norms=measured_accuracy(without, test_set, 64),
+        moved_without_gradient=_moved_without_gradient(test_set.x[:BATCH], seed),
+        thawed_by_loop=_thawed(right, test_set, by_hand=True),
+        thawed_by_eval_mode=_thawed(right, test_set, by_hand=False),
+        held_by=str(sn.inspect(MyNet(TORCH)).layers[0].held),
+        half_error=half_error(),
+        frozen=under_autocast(seed),
+        report=sn.check(keras.train()),
+        inputs=_before_training(test_set, seed),
     )
 
 
-def _flat(data: Labelled) -> Labelled:
-    return Labelled(data.x.flatten(1), data.y)
-
-
-def _trained(net: Net, data: Labelled, seed: int, epochs: int) -> Net:
-    torch.manual_seed(seed)
-    for fc in net.fcs:
-        nn.init.normal_(fc.get_parameter("weight"), 0.0, 0.1)
-    steps = data.shuffled(BATCH, epochs * (len(data) // BATCH), seed)
+def _train(net: nn.Module, data: Labelled, epochs: int, seed: int, track: Track, what: str) -> None:
+    steps = data.shuffled(BATCH, epochs * -(-len(data) // BATCH), seed)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     schedule = OneCycleLR(optimizer, 1e-2, total_steps=len(steps))
-    train(net.train(), data, [i for i in steps if len(i) > 1], optimizer, schedule)
-    return net
+    train(net.train(), data, track(steps, what), optimizer, schedule)
 
 
-def _moved_under_no_grad(net: Net, x: Tensor) -> float:
-    """Measure how far one forward under no_grad moves the first running mean."""
-    with sn.preserved(net), torch.no_grad():
-        mean = net.bns[0].get_buffer("running_mean")
-        before = mean.clone()
-        net.train()(x[:BATCH])
-        return float((mean - before).abs().max())
+def _moved_without_gradient(x: Tensor, seed: int) -> float:
+    """Return how far one forward moves running_mean of a new layer, at most."""
+    torch.manual_seed(seed)
+    net = PlottedNet(momentum=0.1)
+    with torch.no_grad():
+        net(x)
+    return float(torch.as_tensor(net.get_submodule("bn0").running_mean).abs().max())
 
 
-def _modes_come_back(net: Net) -> bool:
-    """Single out a layer, run a block in eval mode, and compare every mode."""
-    net.train()
-    net.bns[0].eval()
-    before = [m.training for m in net.modules()]
-    with sn.eval_mode(net):
-        pass
-    return [m.training for m in net.modules()] == before
+def _thawed(net: nn.Module, data: Labelled, *, by_hand: bool) -> int:
+    """Count the norms set to eval that train again after the plotting in the post's loop."""
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm1d)]
+    with sn.preserved(net):
+        net.train()
+        for norm in norms:
+            norm.eval()
+        if by_hand:
+            net.eval()
+            layer_inputs(net, data)
+            net.train()
+        else:
+            with sn.eval_mode(net):
+                layer_inputs(net, data)
+        return sum(norm.training for norm in norms)
 
 
-def _overridden() -> tuple[str, bool]:
-    """Ask what holds the thread's own frozen network, and thaw one of its layers by name."""
-    net = FreezingNet(True, TORCH)
-    held_by = sn.inspect(net).layers[0].held or "nothing"
-    net.train()
-    net.bns[0].train()
-    return held_by, net.bns[0].training
-
-
-def _halves() -> Iterator[Half]:
-    """Compare frozen layers on float16 inputs, each with the ReLU after it."""
-    bn = nn.BatchNorm2d(64)
-    bn.get_buffer("running_mean").normal_()
-    bn.get_buffer("running_var").uniform_(0.5, 2)
-    held = nn.BatchNorm2d(64)
-    held.load_state_dict(bn.state_dict())
-    sn.freeze(held)
-    x = torch.randn(8, 64, 28, 28, dtype=torch.float16, requires_grad=True)
-    layers = {"torchvision's frozen layer": FrozenByFormula(bn), "a layer held by stillnorm": held}
-    for name, layer in layers.items():
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = F.relu(layer(x))
-        yield Half(name, str(y.dtype).removeprefix("torch."), sum(kept.values()))
-
-
-def _inputs(title: str, inputs: list[Tensor]) -> Histogram:
-    return histogram(title, {f"layer {i}": values for i, values in enumerate(inputs[1:], start=1)})
+def _before_training(data: Labelled, seed: int) -> tuple[Histogram, ...]:
+    """Return what enters the layers of the untrained network, by batch statistics."""
+    shown = (1, 4, 8)
+    found = []
+    for momentum, title in ((TORCH, "with BatchNorm"), (None, "without BatchNorm")):
+        torch.manual_seed(seed)
+        inputs = layer_inputs(PlottedNet(momentum), data)
+        found.append(histogram(title, {f"layer {i}": inputs[i] for i in shown}))
+    return tuple(found)

@@ -64,7 +64,7 @@ class Case:
         )
 
 
-HEADER = ("", "d input, sum()", "d input, random", "running_mean moved", "weight learns", "uses")
+HEADER = ("", "d input, sum()", "d input, random", "running_mean moved", "learns", "uses")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +118,8 @@ class Gradients(Chapter):
                 "variance depend on the input, and their gradients are part of the input's:"
             ),
             Code(
-                "running   dx = weight / sqrt(running_var + eps) * dy\n"
-                "batch     dx = weight / sqrt(var + eps) * (dy - mean(dy) - x_hat * mean(dy * x_hat))",
+                "running  dx = weight / sqrt(running_var + eps) * dy\n"
+                "batch    dx = weight / sqrt(var + eps) * (dy - mean(dy) - x_hat * mean(dy * x_hat))",
                 "text",
             ),
             Line(
@@ -169,8 +169,8 @@ class Gradients(Chapter):
 
 
 QUOTE = Quote(
-    "calculation of bottom_grad in BN will be different from that of the novel trainning mode. "
-    "However, we do not find any flag in the function bellow to mark this difference.",
+    "calculation of bottom_grad in BN will be different ... we do not find any flag ... to mark "
+    "this difference",
     "thread 002",
 )
 
@@ -218,8 +218,8 @@ def play(seed: int = 0, *, side: int = 100, track: Track = silent) -> Gradients:
         case("BN4 eval, affine=False", affine=False, train=False),
     )
     held = (
-        case("freeze, affine trains; train", affine=True, train=True, hold="trains"),
-        case("freeze; train", affine=True, train=True, hold="frozen"),
+        case("held, affine trains; train", affine=True, train=True, hold="trains"),
+        case("held; train", affine=True, train=True, hold="frozen"),
     )
     return Gradients(
         his=his,

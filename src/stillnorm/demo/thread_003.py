@@ -91,10 +91,10 @@ class SharedNorm(Chapter):
                 "sn.recalibrate(net, train_set)",
                 "",
                 f"eval {percent(self.recalibrated)}",
-                "one set of statistics cannot fit two inputs",
+                "one set cannot fit two inputs",
             ),
             (
-                "one norm per call, by hand, then the same",
+                "one norm per call, recalibrated",
                 "",
                 f"eval {percent(self.one_norm_per_call)}",
                 f"weights untouched: {'yes' if self.weights_untouched else 'no'}",
@@ -107,7 +107,7 @@ class SharedNorm(Chapter):
         bars = (
             Bar("train-mode", 100 * self.train_mode, "by the statistics of each batch of 64"),
             Bar("eval", 100 * self.eval, "what he saw", "error"),
-            Bar("recalibrated", 100 * self.recalibrated, "so stale statistics are not the cause"),
+            Bar("recalibrated", 100 * self.recalibrated, "one set cannot fit two inputs"),
             Bar("one norm per call", 100 * self.one_norm_per_call, "the same weights"),
         )
         return (
@@ -145,8 +145,8 @@ class SharedNorm(Chapter):
 
 
 QUOTE = Quote(
-    "training accuracy is perfect. Testing with model.train(True) will get 76% accuracy. "
-    "Testing with model.eval() will get only 10%",
+    "training accuracy is perfect ... model.train(True) will get 76% accuracy ... model.eval() "
+    "will get only 10%",
     "thread 003",
 )
 

@@ -141,13 +141,10 @@ class Exporter(Chapter):
 
 
 QUOTE = Quote(
-    "torch.onnx.export(net, x, 'ayeonnx.onnx') ... messes up the whole thing! ... for some reason "
-    "the net object got affected",
+    "this messes up the whole thing! ... for some reason the net object got affected",
     "thread 004",
 )
 DEFAULT = "torch.onnx.export(net, x, file)"
-
-Exporting = Callable[[nn.Module, Tensor], None]
 
 
 def play(seed: int = 0, *, track: Track = silent) -> Exporter:
@@ -159,15 +156,73 @@ def play(seed: int = 0, *, track: Track = silent) -> Exporter:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StillnormWarning)  # his statistics are the initial ones
         sn.freeze(held)
-    with _quiet():
+    exports = {
+        "plain": ("torch.onnx.export(..., dynamo=False)", net, _export),
+        "held": ("the same, after sn.freeze(net)", held, _export),
+        "preserved": ("the same, in sn.preserved(net)", net, _export_preserving),
+        "default": (DEFAULT, net, _export_by_default),
+    }
+    names = list(exports) if importlib.util.find_spec("onnxscript") else list(exports)[:-1]
+    with _silence():
         report = sn.check(net, x)
-        export = Export
-        plain, used = _exported("torch.onnx.export(..., dynamo=False)", net, x, _old)
-        return Exporter(
-            plain=plain,
-            held=_exported("the same, after sn.freeze(net)", held, x, _old)[0],
-            preserved=_exported("the same, in sn.preserved(net)", net, x, _preserving)[0],
-            default=_exported(DEFAULT, net, x, _new)[0] if _has_onnxscript() else None,
-            report=report,
-            used=used,
-        )
+        done = {name: _left_behind(*exports[name], x) for name in track(names, "exporting")}
+        thawed = copy.deepcopy(net)
+        _export(thawed, x)
+        used = sn.inspect(thawed, x)
+    return Exporter(
+        done["plain"], done["held"], done["preserved"], done.get("default"), report, used
+    )
+
+
+def _his_network() -> nn.Module:
+    net = post(Exporter.thread).make("Net")
+    bn = net.get_submodule("bn")
+    bn.requires_grad_(False)
+    nn.init.ones_(torch.as_tensor(bn.weight))
+    bn.eval()
+    return net
+
+
+def _left_behind(
+    name: str, net: nn.Module, export: Callable[[nn.Module, Tensor], None], x: Tensor
+) -> Export:
+    """Export a copy of the network and compare it with what it was."""
+    net = copy.deepcopy(net)
+    bn = net.get_submodule("bn")
+    before, output, mean = bn.training, net(x), torch.as_tensor(bn.running_mean).clone()
+    export(net, x)
+    after, moved = bn.training, net(x) - output
+    return Export(
+        name, before, after, _largest(moved), _largest(torch.as_tensor(bn.running_mean) - mean)
+    )
+
+
+def _export(net: nn.Module, x: Tensor) -> None:
+    """Export as torch did at the time."""
+    _to_file(net, x, dynamo=False)
+
+
+def _export_preserving(net: nn.Module, x: Tensor) -> None:
+    with sn.preserved(net):
+        _export(net, x)
+
+
+def _export_by_default(net: nn.Module, x: Tensor) -> None:
+    _to_file(net, x, dynamo=True)
+
+
+def _to_file(net: nn.Module, x: Tensor, *, dynamo: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is old, and that the model trains
+        torch.onnx.export(net, (x,), str(Path(folder) / "ayeonnx.onnx"), dynamo=dynamo)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep to itself what the posted network prints in every forward."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().max())

@@ -1,0 +1,168 @@
+"""The whole demo: five chapters by drama, one table of ten numbers, one page."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+import stillnorm as sn
+from stillnorm.demo import thread_000, thread_001, thread_002, thread_003, thread_004
+from stillnorm.demo.chapter import Chapter
+from stillnorm.demo.progress import bars
+from stillnorm.reports import Block, Document, Heading, Line, Table
+from stillnorm.reports.json import dumps
+from stillnorm.reports.numbers import number, percent
+
+THREADS = 2  # of torch; another number rounds otherwise and trains another network
+
+PLAYS: tuple[Callable[..., Chapter], ...] = (
+    thread_003.play,
+    thread_000.play,
+    thread_002.play,
+    thread_004.play,
+    thread_001.play,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Demo:
+    """What the demo measured.
+
+    Args:
+        chapters: The chapters, in order.
+        seed: Of everything random.
+        seconds: How long it took.
+    """
+
+    chapters: tuple[Chapter, ...]
+    seed: int
+    seconds: float
+
+    @cached_property
+    def numbers(self) -> Mapping[str, Mapping[str, float]]:
+        """The measured numbers by thread and name, scores as fractions."""
+        return {chapter.thread: chapter.numbers() for chapter in self.chapters}
+
+    def document(self) -> Document:
+        """Return all chapters in brief, and the table."""
+        blocks: list[Block] = []
+        for i, chapter in enumerate(self.chapters, start=1):
+            brief = chapter.document(i)
+            blocks += [Heading(brief.title), *brief.blocks]
+        return Document("", (*blocks, *self.summary().blocks))
+
+    def summary(self) -> Document:
+        """Return the table of ten numbers."""
+        return Document("", (Heading("Ten numbers"), self._table()))
+
+    def _table(self) -> Table:
+        n = self.numbers
+        shared, momentum, gradients = n["003"], n["000"], n["002"]
+        exporter, conventions = n["004"], n["001"]
+        rows = (
+            (
+                "003",
+                "accuracy in eval mode",
+                percent(shared["eval"]),
+                percent(shared["one_norm_per_call"]),
+                "one norm per call, sn.recalibrate",
+            ),
+            (
+                "000",
+                "mean IoU in eval mode",
+                percent(momentum["eval"]),
+                percent(momentum["recalibrated"]),
+                "sn.recalibrate",
+            ),
+            (
+                "002",
+                "running_mean moved",
+                number(gradients["moved_affine_false"]),
+                number(gradients["moved_held"]),
+                "sn.freeze",
+            ),
+            (
+                "004",
+                "output moved by the exporter",
+                number(exporter["moved"]),
+                number(exporter["moved_held"]),
+                "sn.freeze",
+            ),
+            (
+                "001",
+                "accuracy in eval mode",
+                percent(conventions["keras_momentum"]),
+                percent(conventions["torch_momentum"]),
+                "momentum 0.01",
+            ),
+        )
+        return Table(("thread", "", "as posted", "repaired", "by"), rows, "llrrl", indent=2)
+
+    def page(self) -> Document:
+        """Return the page: the table, then every chapter with code, plots and findings."""
+        blocks: list[Block] = [
+            Line(
+                "Five discussions in which capable people lost days to one small layer, replayed "
+                "on real data: their own code, what happens, and what repairs it. Every number on "
+                "this page was measured in this run."
+            ),
+            self._table(),
+        ]
+        for i, chapter in enumerate(self.chapters, start=1):
+            blocks += [Heading(f"{i}  {chapter.title}"), *chapter.page()]
+        return Document(
+            "BatchNorm that holds still", (*blocks, Heading("This run"), self._origin())
+        )
+
+    def _origin(self) -> Line:
+        return Line(
+            f"stillnorm {sn.__version__}, torch {torch.__version__} on {platform.machine()} with "
+            f"{THREADS} threads, seed {self.seed}, {self.seconds:.0f} s. Digits and photographs "
+            "from scikit-learn."
+        )
+
+    def to_json(self) -> str:
+        """Return the numbers as JSON."""
+        return dumps({"seed": self.seed, "seconds": self.seconds, "numbers": self.numbers})
+
+
+def run(seed: int = 0, *, tell: Callable[[Document], None] | None = None) -> Demo:
+    """Play the five chapters; progress goes to stderr.
+
+    Args:
+        seed: Of everything random.
+        tell: Is given each chapter in brief as soon as it is over.
+
+    Raises:
+        StillnormError: A chapter's fault did not happen, or scikit-learn is missing.
+
+    Cost:
+        About 100 seconds on two cores.
+    """
+    started = time.perf_counter()
+    chapters: list[Chapter] = []
+    with _as_at_home():
+        for i, play in enumerate(PLAYS, start=1):
+            with bars(f"chapter {i} of {len(PLAYS)}") as track:
+                chapters.append(play(seed, track=track))
+            if tell is not None:
+                tell(chapters[-1].document(i))
+    return Demo(tuple(chapters), seed, time.perf_counter() - started)
+
+
+@contextmanager
+def _as_at_home() -> Iterator[None]:
+    """Use the demo's number of threads, and leave that and the random state as found."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=()):
+        torch.set_num_threads(THREADS)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
