@@ -22,6 +22,7 @@ def test_ddp_keeps_frozen_what_is_frozen_and_ranks_alike(ranks: Ranks) -> None:
     one, two = (rank["ddp"] for rank in ranks)
     for case, seen in one.items():
         assert seen["frozen"], case
+        assert seen["held by"] == ["stillnorm"] * 4, case
         affine = [k for k in seen["after"] if k.endswith(("weight", "bias"))]
         moved = affine if case.startswith("trains") else []
         assert sorted(seen["moved"]) == sorted(moved), case

@@ -225,17 +225,25 @@ def test_a_train_that_raises_leaves_no_trace(error: type[BaseException], at: int
     assert Fingerprint(net).differences(before) == []
 
 
-def test_no_override_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own layers are answered without calling anything."""
+def test_no_override_no_call() -> None:
+    """torch's own layers are answered without setting a single flag."""
+    called = []
 
-    def train(self: nn.Module, mode: bool = True) -> nn.Module:
-        raise AssertionError("called")
+    class Child(nn.Module):
+        @property
+        def training(self) -> bool:
+            return True
 
-    net = layers.conv_net()
-    monkeypatch.setattr(nn.Module, "train", train)
+        @training.setter
+        def training(self, mode: bool) -> None:
+            called.append(mode)
+
+    net = nn.Sequential(layers.conv_net(), Child())
+    called.clear()
     modes = probe_modes(net)
     assert all(modes.in_train.values())
     assert not any(modes.in_eval.values())
+    assert called == []
 
 
 def test_modules_added_below_by_train_are_gone() -> None:

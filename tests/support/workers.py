@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import stillnorm as sn
-from stillnorm.norms import find_norms
+from stillnorm.norms import find_norms, probe_modes
 from support import layers
 from support.fingerprint import bits
 
@@ -56,6 +56,7 @@ def ddp(rank: int) -> dict[str, Any]:
                 "same": [k for k in before if bits(before[k]) == bits(after[k])],
                 "moved": [k for k in before if bits(before[k]) != bits(after[k])],
                 "frozen": sn.is_frozen(wrapped),
+                "held by": [probe_modes(wrapped).held_by(norm) for norm in find_norms(wrapped)],
                 "after": after,
                 "conv": net[0].weight.detach().clone(),
             }

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stillnorm.norms.find import find_norms
 from stillnorm.norms.hold import hold_of
@@ -73,6 +74,10 @@ def probe_modes(model: nn.Module) -> Modes:
     return Modes(in_train, in_eval)
 
 
+# DistributedDataParallel's calls Module's and nothing else.
+_PLAIN_TRAINS = (nn.Module.train, DistributedDataParallel.train)
+
+
 def overrides_train(module: nn.Module) -> bool:
     """Tell whether calling `train()` on the module may do more than set flags."""
     if "train" in module.__dict__:
@@ -80,8 +85,8 @@ def overrides_train(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return False
     if hold_of(module) is not None:
-        return getattr(type(module), "held_base").train is not nn.Module.train  # noqa: B009
-    return type(module).train is not nn.Module.train
+        return getattr(type(module), "held_base").train not in _PLAIN_TRAINS  # noqa: B009
+    return type(module).train not in _PLAIN_TRAINS
 
 
 @contextlib.contextmanager
