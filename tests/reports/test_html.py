@@ -9,7 +9,7 @@ from typing import get_args
 from hypothesis import given, settings
 
 from reports.samples import CHECK, EVERY_BLOCK, documents
-from stillnorm.reports import Block, Document, Heading, Line, Span, Table, html
+from stillnorm.reports import Block, Code, Document, Heading, Line, Span, Table, html
 from stillnorm.reports.document import plain
 
 VOID = {"meta", "link", "br", "img", "rect", "path"}
@@ -106,6 +106,13 @@ def test_what_scrolls_is_reachable_by_keyboard():
     boxes = [a for a in page.all("div") if a.get("class") == "scroll"] + page.all("pre")
     assert boxes
     assert all(attrs["tabindex"] == "0" for attrs in boxes)
+
+
+def test_long_code_is_folded_and_short_code_is_not():
+    page = Page(html.write(Document("", (Code("x = 1\n" * 30), Code("x = 1\n" * 31)))))
+    assert len(page.all("pre")) == 2
+    assert len(page.all("details")) == 1
+    assert "31 lines of python" in page.words
 
 
 def test_text_is_never_markup():

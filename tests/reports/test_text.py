@@ -108,6 +108,12 @@ def test_a_long_path_is_shortened_in_the_middle():
     assert ".never.end.bn1  running  0.09 .. 4.1" in line
 
 
+def test_prose_gives_way_before_words_in_other_columns():
+    words = "his network, unchanged, on digits"
+    row = (words, "train-mode 96.9 %", "eval 11.7 %", "one set of statistics cannot fit two inputs")
+    assert lines(Table((), (row,), "llll"))[0].startswith(words)
+
+
 def test_prose_in_the_last_column_wraps_under_itself():
     table = Table((), (("bn1", "the batch moves the statistics " * 3),), "ll")
     wrapped = lines(table, width=40)

@@ -46,7 +46,10 @@ def document(inspection: Inspection, *, all: bool) -> Document:
 
 def _headline(inspection: Inspection, rows: int) -> str:
     layers = inspection.layers
-    facts = [count(len(layers), "norm layer") + (f" in {rows} rows" if rows < len(layers) else "")]
+    facts = [
+        count(len(layers), "norm layer")
+        + (f" in {count(rows, 'row')}" if rows < len(layers) else "")
+    ]
     if held := sum(layer.held is not None for layer in layers):
         facts.append(f"{held} held")
     facts.append(f"{'train' if inspection.training else 'eval'} mode now")

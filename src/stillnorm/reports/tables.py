@@ -1,8 +1,9 @@
 """Tables in a terminal: numbers under each other, and nothing wider than the page.
 
 What does not fit is narrowed in this order: prose in the last column wraps, to a third of the page;
-text columns are shortened in the middle, where paths say least; and a table with more columns than
-the page can hold goes on below, its first column repeated. Numbers are never cut.
+paths are shortened in the middle, where they say least; the prose wraps further; other text is
+shortened; and a table with more columns than the page can hold goes on below, its first column
+repeated. Numbers are never cut.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from rich.text import Text as Styled
 
-from stillnorm.reports.document import Span, Table
+from stillnorm.reports.document import Span, Table, plain
 from stillnorm.reports.lines import rstripped, shortened, styled, wrap
 
 _NARROWEST = 12  # a text column is not cut below this
@@ -50,15 +51,18 @@ def _extent(widths: Sequence[int], table: Table) -> int:
 def _fit(natural: Sequence[int], table: Table, room: int, prose: bool) -> list[int]:
     """Narrow the text columns until the table fits, or as far as may be."""
     fitted = list(natural)
-    excess = _extent(fitted, table) - room
-    if prose and excess > 0:
-        fitted[-1] = min(fitted[-1], max(_PROSE, room // 3, fitted[-1] - excess))
-    text = [i for i, align in enumerate(table.align) if align == "l"]
-    while _extent(fitted, table) > room and text:
-        widest = max(text, key=lambda i: fitted[i])
-        if fitted[widest] <= _NARROWEST:
-            break
-        fitted[widest] -= 1
+    last = len(fitted) - 1
+    text = [i for i, align in enumerate(table.align) if align == "l" and not (prose and i == last)]
+    paths = [i for i in text if not any(" " in plain(row[i]) for row in table.rows)]
+    steps = [(paths, _NARROWEST), (text, _NARROWEST)]
+    if prose:
+        steps = [([last], max(_PROSE, room // 3)), steps[0], ([last], _PROSE), steps[1]]
+    for columns, narrowest in steps:
+        while columns and _extent(fitted, table) > room:
+            widest = max(columns, key=lambda i: fitted[i])
+            if fitted[widest] <= narrowest:
+                break
+            fitted[widest] -= 1
     return fitted
 
 

@@ -15,5 +15,5 @@ for (const code of document.querySelectorAll("pre code, dd code")) {
 }
 // Only a table that is wider than the page needs to be reached by the keyboard.
 for (const box of document.querySelectorAll(".scroll, pre")) {
-  if (box.scrollWidth <= box.clientWidth) box.removeAttribute("tabindex");
+  if (box.clientWidth && box.scrollWidth <= box.clientWidth) box.removeAttribute("tabindex");
 }
