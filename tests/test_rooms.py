@@ -38,7 +38,7 @@ CONFINED = {
     "safetensors": ("state/",),
     "sklearn": ("demo/",),
     "onnx": ("demo/",),
-    "torchvision": (),
+    "torchvision": ("demo/half.py",),
     "timm": (),
     "transformers": (),
     "detectron2": (),
