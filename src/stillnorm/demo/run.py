@@ -19,7 +19,7 @@ from stillnorm.reports import Block, Document, Heading, Line, Table
 from stillnorm.reports.json import dumps
 from stillnorm.reports.numbers import number, percent
 
-THREADS = 2  # of torch; another number rounds otherwise and trains another network
+THREADS = 1  # of torch: another number rounds otherwise and trains another network
 
 PLAYS: tuple[Callable[..., Chapter], ...] = (
     thread_003.play,
@@ -122,8 +122,8 @@ class Demo:
 
     def _origin(self) -> Line:
         return Line(
-            f"stillnorm {sn.__version__}, torch {torch.__version__} on {platform.machine()} with "
-            f"{THREADS} threads, seed {self.seed}, {self.seconds:.0f} s. Digits and photographs "
+            f"stillnorm {sn.__version__}, torch {torch.__version__} on {platform.machine()}, "
+            f"one thread, seed {self.seed}, {self.seconds:.0f} s. Digits and photographs "
             "from scikit-learn."
         )
 
@@ -143,7 +143,7 @@ def run(seed: int = 0, *, tell: Callable[[Document], None] | None = None) -> Dem
         StillnormError: A chapter's fault did not happen, or scikit-learn is missing.
 
     Cost:
-        About 100 seconds on two cores.
+        About two minutes on one core.
     """
     started = time.perf_counter()
     chapters: list[Chapter] = []

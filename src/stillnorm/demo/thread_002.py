@@ -119,7 +119,8 @@ class Gradients(Chapter):
             ),
             Code(
                 "running  dx = weight / sqrt(running_var + eps) * dy\n"
-                "batch    dx = weight / sqrt(var + eps) * (dy - mean(dy) - x_hat * mean(dy * x_hat))",
+                "batch    dx = weight / sqrt(var + eps)\n"
+                "              * (dy - mean(dy) - x_hat * mean(dy * x_hat))",
                 "text",
             ),
             Line(
