@@ -49,9 +49,22 @@ def test_exact_in_every_layout(layout: str, shape: tuple[int, ...], offset: floa
 
 
 @pytest.mark.parametrize("rows", [2, 1000, 20000])
-def test_exact_for_rows_whose_kernel_adds_up_in_float32(rows: int) -> None:
-    x = torch.randn(rows, 4) + 3
-    torch.testing.assert_close(measured(x)[1], pooled_moments([x])[1], rtol=STATISTICS_RTOL, atol=0)
+@pytest.mark.parametrize("offset", [3.0, 1e4])
+def test_exact_for_rows_whose_kernel_adds_up_in_float32(rows: int, offset: float) -> None:
+    x = torch.randn(rows, 4) + offset
+    for shaped in (x, x[:, :, None, None]):
+        mean, var, groups = measured(shaped)
+        assert groups == 1
+        want_mean, want_var = pooled_moments([x])
+        torch.testing.assert_close(var, want_var, rtol=STATISTICS_RTOL, atol=0)
+        torch.testing.assert_close(mean, want_mean, rtol=1e-9, atol=1e-6)
+
+
+def test_rows_of_instance_norm_stay_samples() -> None:
+    arguments = (torch.randn(5, 3, 1), torch.zeros(3), torch.ones(3))
+    kernel = kernel_of(F.instance_norm, arguments, {"use_input_stats": False})
+    assert kernel is not None
+    assert by_kernel(kernel)[1].shape == (3, 5, 3)
 
 
 def test_the_kernel_serves_contiguous_maps_with_a_moderate_mean() -> None:
