@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stillnorm.demo import thread_001, thread_002, thread_003, thread_004
+from stillnorm.demo import half, thread_001, thread_002, thread_003, thread_004
 from stillnorm.demo.chapter import demand_drama
-from stillnorm.demo.replay import _CHAPTERS, _REMEMBER
 from stillnorm.errors import StillnormError
 from stillnorm.reports import html, text
 
@@ -23,40 +22,52 @@ def test_thread_003_one_norm_per_call_repairs_what_recalibration_cannot() -> Non
 
 
 def test_thread_002_the_mean_moves_with_the_mode_and_not_with_the_affine_parameters() -> None:
-    frozen, train, evaluated, affine_false, _, held = thread_002.play().ways
-    assert frozen.moved == train.moved == affine_false.moved > 1
-    assert evaluated.moved == held.moved == 0
-    assert {way.by for way in (frozen, train, affine_false)} == {"batch"}
-    assert evaluated.by == held.by == "running"
-    # The plain sum has no gradient through batch statistics; a random cotangent has.
-    assert train.by_sum < 1e-6 < train.by_random
-    assert held.by_random == pytest.approx(evaluated.by_random, rel=1e-6)
+    told = thread_002.play(side=20)
+    frozen, train, evaluated, affine_false, _ = told.his
+    assert frozen.mean_moved == train.mean_moved == affine_false.mean_moved > 1
+    assert evaluated.mean_moved == 0
+    assert {case.normalizes_by for case in (frozen, train, affine_false)} == {"batch"}
+    assert evaluated.normalizes_by == "running"
+    # A plain sum has no gradient through batch statistics; a random cotangent has.
+    assert train.by_sum.abs().max() < 1e-6 < train.by_random.abs().max()
+    for held in told.held:
+        assert (held.mean_moved, held.normalizes_by) == (0, "running")
 
 
 def test_thread_004_the_exporter_thaws_and_a_hold_does_not() -> None:
-    exported, preserved, held = thread_004.play().exports
-    assert (exported.training_before, exported.training_after) == (False, True)
-    assert exported.moved > 0.05
-    assert not preserved.training_after
-    assert not held.training_after
-    assert preserved.moved == held.moved == 0
+    told = thread_004.play()
+    assert (told.plain.before, told.plain.after) == (False, True)
+    assert told.plain.moved > 0.05
+    for kept in (told.held, told.preserved, told.default):
+        if kept is not None:
+            assert (kept.before, kept.after, kept.moved) == (False, False, 0)
 
 
-def test_thread_001_half_precision_modes_and_what_holds_a_layer() -> None:
-    foreign, ours = thread_001._halves()
-    assert (foreign.dtype, ours.dtype) == ("float32", "float16")
-    assert foreign.saved > 1.4 * ours.saved
-    assert thread_001._overridden() == ("FreezingNet.train()", True)
-    net = thread_001.Net(True, 0.1)
-    assert thread_001._modes_come_back(net)
+def test_thread_001_a_held_layer_keeps_half_precision_and_the_error_is_the_posted_one() -> None:
+    frozen = {layer.name: layer for layer in half.under_autocast(0)}
+    held = next(layer for name, layer in frozen.items() if "stillnorm" in name)
+    assert held.dtype == "float16"
+    # eval() keeps its input for backward; the held layer only what the ReLU needs.
+    assert frozen["eval()"].saved_bytes == 2 * held.saved_bytes
+    assert "Half" in half.half_error()
+    assert "Float" in half.half_error()
+
+
+def test_thread_001_momentum_copied_from_keras_costs_accuracy() -> None:
+    told = thread_001.play()
+    assert told.torch_momentum - told.keras_momentum > 0.05
+    assert told.held_by == "MyNet.train()"
+    assert told.moved_without_gradient > 0
+    assert told.thawed_by_eval_mode == 0 < told.thawed_by_loop
+    assert "SN108" in {finding.code for finding in told.report.findings}
 
 
 def test_a_chapter_is_told_in_a_terminal_and_on_a_page() -> None:
-    told = thread_002.play()
+    told = thread_002.play(side=20)
     brief = text.write(told.document(3))
-    assert "running_mean moved" in brief
+    assert "running_mean" in brief
     assert max(map(len, brief.splitlines())) <= 100
-    assert "running_mean moved" in html.write(told.document(3))
+    assert "running_mean" in html.write(told.document(3))
 
 
 def test_a_fault_that_does_not_happen_is_an_error() -> None:
@@ -64,9 +75,3 @@ def test_a_fault_that_does_not_happen_is_an_error() -> None:
         demand_drama("003", "train-mode and eval accuracy", 0.98, 0.96)
     with pytest.raises(StillnormError, match="did not happen"):
         demand_drama("003", "train-mode and eval accuracy", float("nan"), 0.96)
-
-
-def test_the_table_of_ten_numbers_names_chapters_that_exist() -> None:
-    threads = {module.__name__.rpartition("_")[2] for module in _CHAPTERS}
-    assert len(_REMEMBER) == 10
-    assert {thread for thread, *_ in _REMEMBER} == threads
