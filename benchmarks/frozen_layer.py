@@ -22,10 +22,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import torchvision
-
 import stillnorm as sn
-import support.zoo  # noqa: F401  torchvision beside a CPU build of torch
+from support.zoo import torchvision
 
 SHAPES = [
     (8, 64, 56, 56),
