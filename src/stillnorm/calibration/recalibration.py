@@ -78,8 +78,8 @@ def recalibrate(
         found.
 
     Cost:
-        One forward without gradients per batch, and at each layer about half of what a train-mode
-        batch norm costs.
+        One forward without gradients per batch. Where a layer's own sums are exact (contiguous maps
+        on the CPU) nothing more; elsewhere about what its train-mode batch norm costs once more.
 
     Example:
         >>> import torch
