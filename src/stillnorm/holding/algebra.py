@@ -75,6 +75,9 @@ def needs_plain_ops() -> bool:
 # mean, var, weight, bias, eps
 _Constants = tuple[Tensor, Tensor, Tensor | None, Tensor | None, float]
 
+# Elements up to which torch's kernel is faster than the product (benchmarks/frozen_layer.py).
+_SMALL = 1 << 13
+
 _kernel = torch.ops.aten.native_batch_norm_backward.default
 
 
@@ -105,17 +108,19 @@ class NormByConstants(torch.autograd.Function):
 def input_gradient(dy: Tensor, var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Compute dx = dy * weight / sqrt(var + eps).
 
-    In float32 and float64 as one product, within 2 ulp of torch's kernel and faster. In half
-    precision s must not be rounded to half before the product (1e-2 off in bfloat16): torch's own
-    kernel computes it, with dy and var standing in for the input and the mean, which that gradient
-    does not read. That kernel cannot be differentiated so, and divides by zero on an empty batch:
-    those take the product.
+    In float32 and float64 as one product, within 2 ulp of torch's kernel and faster. On small maps
+    the small operations before the product cost more than the map, and in half precision s must
+    not be rounded to half before it (1e-2 off in bfloat16): there torch's own kernel computes dx,
+    with dy and var standing in for the input and the mean, which that gradient does not read. That
+    kernel cannot be differentiated so, and divides by zero on an empty batch: those take the
+    product.
 
     Shape:
         - dy, dx: ``(N, C, *)``; var, weight: ``(C,)``.
     """
     half = dy.dtype in (torch.float16, torch.bfloat16)
-    if half and dy.numel() and not torch.is_grad_enabled():
+    by_kernel = half or dy.numel() <= _SMALL
+    if by_kernel and dy.numel() and not torch.is_grad_enabled():
         dx: Tensor = _kernel(
             dy, dy, weight, var, var, None, None, False, eps, [True, False, False]
         )[0]
