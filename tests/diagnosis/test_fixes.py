@@ -16,12 +16,16 @@ from stillnorm.errors import StateError
 
 
 def ill() -> nn.Sequential:
-    """One of each: stale statistics, Keras's momentum, an eval that nobody holds."""
+    """One of each: stale statistics, Keras's momentum, an eval that nobody holds.
+
+    The last one's weight and bias are frozen, with the gradients of a step before still there.
+    """
     net = estimated(conv_net()).train()
     net[4].momentum = 0.99
     net[4].running_mean += 3
     net[1].eval()
     net(data()).sum().backward()
+    net[1].requires_grad_(False)
     net[4].running_mean += 3
     return net
 
@@ -34,9 +38,11 @@ class State:
         self.tensors = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         self.rest = self.flags()
 
+        self.gradients = [(p, p.grad) for p in net.parameters()]
+
     def flags(self) -> list[tuple[object, ...]]:
         return [
-            (type(m), m.training, m.momentum, m.weight.requires_grad, id(m.weight.grad))
+            (type(m), m.training, m.momentum, m.weight.requires_grad)
             for m in (self.net[1], self.net[4])
         ]
 
@@ -44,6 +50,9 @@ class State:
         now = self.net.state_dict()
         tensors = all(torch.equal(now[name], tensor) for name, tensor in self.tensors.items())
         return tensors and self.flags() == self.rest
+
+    def same_gradients(self) -> bool:
+        return all(p.grad is grad for p, grad in self.gradients)
 
 
 def test_safe_ones_alone_by_default() -> None:
@@ -89,6 +98,7 @@ def test_an_exception_at_any_step_leaves_the_model_as_it_was(
     with pytest.raises(error):
         report.fix(unsafe=True)
     assert before.same()
+    assert before.same_gradients()
 
 
 def test_statistics_come_before_holds() -> None:

@@ -160,9 +160,17 @@ class Evidence:
 
     def calls(self, layer: NormLayer, flow: Flow = "eval") -> tuple[Call, ...]:
         """Return the layer's calls in one flow; none without batches."""
-        if self.runs is None or flow not in self.runs.traces:
-            return ()
-        return self.runs.traces[flow].by_layer(layer.path)
+        return self._calls.get((layer.path, flow), ())
+
+    @cached_property
+    def _calls(self) -> dict[tuple[str, Flow], tuple[Call, ...]]:
+        """The calls by layer and flow, sorted once."""
+        traces = {} if self.runs is None else self.runs.traces
+        found: dict[tuple[str, Flow], list[Call]] = {}
+        for flow, seen in traces.items():
+            for call in seen.calls:
+                found.setdefault((call.path, flow), []).append(call)
+        return {key: tuple(calls) for key, calls in found.items()}
 
     def where(self, *layers: NormLayer) -> tuple[str, ...]:
         """Return the source lines that call the layers, in order of the forward."""
@@ -314,7 +322,7 @@ def _run(
     recalibrated_score = None
     if _can_recalibrate(model, in_eval):
         # Inputs that give no statistics (NaN, say) leave two numbers to report, not three.
-        with suppress(CalibrationError), preserved(model):
+        with suppress(CalibrationError):
             report = recalibrate(model, iter(batches), forward=forward)
             after = {done.path: (done.mean_after, done.var_after) for done in report.layers}
             traces["recalibrated"], recalibrated_score = run("eval")

@@ -87,7 +87,7 @@ class Applied:
     _undo: Callable[[], None] = field(repr=False)
 
     def undo(self) -> None:
-        """Take the fixes back."""
+        """Take the fixes back. Gradients that a freeze dropped stay dropped."""
         self._undo()
 
 

@@ -54,12 +54,7 @@ class BatchStatisticsAtEval(Rule):
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding that names every such layer."""
-        layers = [
-            layer
-            for layer in evidence.layers
-            if layer.family == "batch" and not layer.is_lazy
-            if layer.normalizes_by(training=False) == "batch"
-        ]
+        layers = [x for x in evidence.layers if x.normalizes_by(training=False) == "batch"]
         if not layers:
             return
         paths = tuple(layer.path for layer in layers)
