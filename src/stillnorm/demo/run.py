@@ -49,14 +49,6 @@ class Demo:
         """The measured numbers by thread and name, scores as fractions."""
         return {chapter.thread: chapter.numbers() for chapter in self.chapters}
 
-    def document(self) -> Document:
-        """Return all chapters in brief, and the table."""
-        blocks: list[Block] = []
-        for i, chapter in enumerate(self.chapters, start=1):
-            brief = chapter.document(i)
-            blocks += [Heading(brief.title), *brief.blocks]
-        return Document("", (*blocks, *self.summary().blocks))
-
     def summary(self) -> Document:
         """Return the table of ten numbers."""
         return Document("", (Heading("Ten numbers"), self._table()))
