@@ -22,10 +22,11 @@ class SmallBatchStatistics(Rule):
         0.3 deviations, predicted from the spread between the samples and the batch size given.
 
     Why it matters:
-        Each step trains with other statistics than the last, and eval uses their average: measured
-        on digits, normalising 128, 16, 4 or 2 samples at a time (the optimizer's batch unchanged)
-        gave 97.4, 95.1, 87.2 and 51.0 % in eval. Gradient accumulation does not help; normalisation
-        is per forward and per device.
+        Each step trains with other statistics than the last, and eval uses their average. Measured
+        on digits, a small network whose optimizer always takes 64 samples: normalised 64, 16, 8, 4
+        and 2 at a time (largest noise 0.13, 0.25, 0.35, 0.50 and 0.71 deviations) eval reaches
+        98.2, 97.2, 97.6, 96.4 and 51.0 %. On ImageNet the loss begins at 8 and is 3.6 points at 4.
+        Gradient accumulation does not help: normalisation is per forward and per device.
 
     When it is fine:
         Noise regularises a little. Not reported: layers on large maps, whose samples resemble each
