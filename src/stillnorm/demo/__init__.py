@@ -4,5 +4,5 @@ Each chapter is one file, ``thread_003.py``: `play` trains, breaks, checks and r
 the numbers; the result tells them in brief for the terminal and at length for the page.
 """
 
-from stillnorm.demo.run import Demo as Demo
-from stillnorm.demo.run import run as run
+from stillnorm.demo.replay import Demo as Demo
+from stillnorm.demo.replay import run as run

@@ -105,7 +105,7 @@ class ZeroMomentum(Chapter):
                 "next time: sn.freeze(net), lr / 10",
                 "",
                 f"eval {percent(self.held)}",
-                f"train() and eval() differ by {self.difference}",
+                f"train() - eval() = {self.difference}",
             ),
             ("the same at his lr", "", f"eval {percent(self.held_at_his_rate)}", ""),
         )

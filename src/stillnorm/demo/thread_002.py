@@ -142,6 +142,7 @@ class Gradients(Chapter):
             Heading("The loop of post 8", 3),
             Code(LOOP),
             Line("It works until something calls `net.train()` again."),
+            Heading("print(sn.check(net))", 3),
             *as_checked(self.report),
         )
 

@@ -59,42 +59,37 @@ class Demo:
         exporter, conventions = n["004"], n["001"]
         rows = (
             (
-                "003",
-                "accuracy in eval mode",
+                "003 accuracy in eval",
                 percent(shared["eval"]),
                 percent(shared["one_norm_per_call"]),
                 "one norm per call, sn.recalibrate",
             ),
             (
-                "000",
-                "mean IoU in eval mode",
+                "000 mean IoU in eval",
                 percent(momentum["eval"]),
                 percent(momentum["recalibrated"]),
                 "sn.recalibrate",
             ),
             (
-                "002",
-                "running_mean moved",
+                "002 running_mean moved",
                 number(gradients["moved_affine_false"]),
                 number(gradients["moved_held"]),
                 "sn.freeze",
             ),
             (
-                "004",
-                "output moved by the exporter",
+                "004 output moved",
                 number(exporter["moved"]),
                 number(exporter["moved_held"]),
                 "sn.freeze",
             ),
             (
-                "001",
-                "accuracy in eval mode",
+                "001 accuracy in eval",
                 percent(conventions["keras_momentum"]),
                 percent(conventions["torch_momentum"]),
                 "momentum 0.01",
             ),
         )
-        return Table(("thread", "", "as posted", "repaired", "by"), rows, "llrrl", indent=2)
+        return Table(("thread", "as posted", "repaired", "by"), rows, "lrrl", indent=2)
 
     def page(self) -> Document:
         """Return the page: the table, then every chapter with code, plots and findings."""
