@@ -60,10 +60,9 @@ class FrozenInitialStatistics(Rule):
         if not layers:
             return
         paths = tuple(layer.path for layer in layers)
-        verb = "was" if len(paths) == 1 else "were"
         yield self.finding(
             paths,
-            f"frozen with statistics that {verb} never estimated: mean 0 and variance 1 in every "
+            "frozen with statistics that were never estimated: mean 0 and variance 1 in every "
             "channel make the layer the identity",
             evidence={"layers": len(paths)},
             help="load the checkpoint before freezing, or sn.unfreeze, sn.recalibrate(model, "

@@ -69,7 +69,7 @@ class SmallBatchStatistics(Rule):
         worst = noise[layers[0]]
         yield self.finding(
             tuple(layer.path for layer in layers),
-            f"{count(size, 'sample')} are too few for {count(len(layers), 'layer')}: batch means "
+            f"batches of {size} are too small for {count(len(layers), 'layer')}: their means "
             f"scatter by up to {worst:.2f} sigma",
             evidence={"batch_size": size, "noise": {x.path: noise[x] for x in layers}},
             table=Table(

@@ -56,10 +56,11 @@ class UnheldEval(Rule):
         if not layers:
             return
         paths = tuple(layer.path for layer in layers)
+        them = "it" if len(paths) == 1 else "them"
         yield self.finding(
             paths,
             f"{count(len(paths), 'layer')} in eval inside a model that trains: the next "
-            "model.train() thaws",
+            f"model.train() thaws {them}",
             evidence={"layers": len(paths)},
             help="sn.freeze(model, [...]) survives model.train()",
             fix=Fix("hold the statistics", "safe", "freeze", paths),
