@@ -122,6 +122,7 @@ def test_thread_001_what_else_the_post_says(conventions) -> None:
     assert conventions.held_by == "MyNet.train()"
     assert conventions.moved_without_gradient > 0
     assert (conventions.thawed_by_loop, conventions.thawed_by_eval_mode) == (8, 0)
+    assert conventions.spread_with > 10 * conventions.spread_without
     with_norms, without = conventions.inputs
     assert len(with_norms.series) == len(without.series) == 3
 

@@ -117,7 +117,7 @@ class Exporter(Chapter):
             Heading("print(sn.inspect(net, x)), after the export", 3),
             Line(self.used.document().title),
             *self.used.document().blocks,
-            Heading("print(sn.check(net, x)), before it", 3),
+            Heading("print(sn.check(net)), before it", 3),
             *as_checked(self.report),
             Heading("The network, as posted", 3),
             Code(post(self.thread).source),
@@ -164,7 +164,7 @@ def play(seed: int = 0, *, track: Track = silent) -> Exporter:
     }
     names = list(exports) if importlib.util.find_spec("onnxscript") else list(exports)[:-1]
     with _silence():
-        report = sn.check(net, x)
+        report = sn.check(net)
         done = {name: _left_behind(*exports[name], x) for name in track(names, "exporting")}
         thawed = copy.deepcopy(net)
         _export(thawed, x)
