@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
-
-import pytest
 import torch
 
 from stillnorm.demo import data
-from stillnorm.errors import StillnormError
 
 
 def scenes(seed: int = 0, negative: bool = False) -> data.Labelled:
@@ -48,17 +44,3 @@ def test_a_sticker_is_where_its_label_is() -> None:
     for label in plain.y:
         assert 1 <= len(label.unique()) - 1 <= data.STICKERS
         assert int((label > 0).sum()) >= data.STICKERS * (data.SIDE // 2 - 6) ** 2
-
-
-def test_a_missing_package_is_named_with_what_to_install(monkeypatch) -> None:
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("sklearn"):
-            raise ImportError(f"No module named {name!r}", name=name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    data._datasets.cache_clear()
-    with pytest.raises(StillnormError, match=r"needs sklearn\n.*stillnorm\[demo\]"):
-        data._datasets()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 
 import pytest
@@ -101,3 +103,21 @@ def test_threads_and_random_state_are_as_found_also_when_a_chapter_fails(monkeyp
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_missing_packages_are_named_before_the_work_begins(monkeypatch) -> None:
+    monkeypatch.setattr(replay, "PLAYS", (lambda *_, **__: pytest.fail("the work began"),))
+    for name in ("sklearn", "onnx"):
+        monkeypatch.setitem(replay.NEEDED, f"no_such_{name}", name)
+    with pytest.raises(StillnormError, match=r"the demo needs sklearn, onnx\n.*stillnorm\[demo\]"):
+        run()
+
+
+def test_the_demo_imports_without_the_packages_of_its_extra() -> None:
+    """So that the error above is what a plain installation shows."""
+    code = (
+        "import sys\n"
+        "for name in ('numpy', 'sklearn', 'PIL', 'onnx'): sys.modules[name] = None\n"
+        "import stillnorm.demo"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

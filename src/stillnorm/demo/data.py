@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from stillnorm.errors import StillnormError
 
 DIGITS = 1797  # in the data set
 TRAIN = 1437  # four fifths of them
@@ -58,21 +56,11 @@ class Labelled:
 
 
 @cache
-def _datasets() -> Any:
-    try:
-        import PIL  # noqa: F401  scikit-learn reads its photographs with it
-        from sklearn import datasets
-    except ImportError as missing:
-        raise StillnormError(
-            f"the demo needs {missing.name}", help="pip install 'stillnorm[demo]'"
-        ) from missing
-    return datasets
-
-
-@cache
 def _digits() -> tuple[Tensor, Tensor]:
     """Return all digits, (1797, 1, 8, 8) in 0 .. 1, and their labels."""
-    data = _datasets().load_digits()
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
     return torch.tensor(data.images / 16, dtype=torch.float32)[:, None], torch.tensor(data.target)
 
 
@@ -100,7 +88,9 @@ Photograph = Literal["china.jpg", "flower.jpg"]
 @cache
 def _photograph(name: Photograph) -> Tensor:
     """Return a photograph at half its size, (3, 213, 320) in 0 .. 1."""
-    image = torch.tensor(_datasets().load_sample_image(name) / 255, dtype=torch.float32)
+    from sklearn.datasets import load_sample_image
+
+    image = torch.tensor(load_sample_image(name) / 255, dtype=torch.float32)
     return F.avg_pool2d(image.permute(2, 0, 1), 2)
 
 

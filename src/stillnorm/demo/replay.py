@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +16,13 @@ import stillnorm as sn
 from stillnorm.demo import thread_000, thread_001, thread_002, thread_003, thread_004
 from stillnorm.demo.chapter import Chapter
 from stillnorm.demo.progress import bars
+from stillnorm.errors import StillnormError
 from stillnorm.reports import Block, Document, Heading, Line, Table
 from stillnorm.reports.json import dumps
 from stillnorm.reports.numbers import number, percent
+
+# Module: package; the extra `demo` installs them.
+NEEDED = {"numpy": "numpy", "sklearn": "scikit-learn", "PIL": "pillow", "onnx": "onnx"}
 
 THREADS = 1  # of torch: another number rounds otherwise and trains another network
 
@@ -127,11 +132,12 @@ def run(seed: int = 0, *, tell: Callable[[Document], None] | None = None) -> Dem
         tell: Is given each chapter in brief as soon as it is over.
 
     Raises:
-        StillnormError: A chapter's fault did not happen, or scikit-learn is missing.
+        StillnormError: A chapter's fault did not happen, or a package is missing.
 
     Cost:
         About two minutes on one core.
     """
+    _require_packages()
     started = time.perf_counter()
     chapters: list[Chapter] = []
     with _as_at_home():
@@ -141,6 +147,15 @@ def run(seed: int = 0, *, tell: Callable[[Document], None] | None = None) -> Dem
             if tell is not None:
                 tell(chapters[-1].document(i))
     return Demo(tuple(chapters), seed, time.perf_counter() - started)
+
+
+def _require_packages() -> None:
+    """Raise at once what would otherwise end the third or fourth chapter."""
+    missing = [NEEDED[name] for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise StillnormError(
+            f"the demo needs {', '.join(missing)}", help="pip install 'stillnorm[demo]'"
+        )
 
 
 @contextmanager

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -23,6 +22,9 @@ from stillnorm.diagnosis import Report
 from stillnorm.errors import VerifyError
 from stillnorm.reports import Bar, Bars, Block, Code, Heading, Line, Quote, Span, Table
 from stillnorm.reports.numbers import number, percent
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BATCH = 2  # his: "due to the small batch size"
 LEARNING_RATE = 0.01
@@ -275,6 +277,8 @@ def zero_momentum(net: nn.Module) -> None:
 
 def averages(net: nn.Module) -> list[list[np.floating]]:
     """Return what he compares: of each layer the averages of its four tensors."""
+    import numpy as np
+
     temp: list[list[np.floating]] = []
 
     def frozen_fn(m: Any) -> None:

@@ -127,7 +127,7 @@ class Exporter(Chapter):
         exports = (self.plain, self.held, self.preserved, self.default)
         rows = [export.row() for export in exports if export is not None]
         if self.default is None:
-            rows.append((DEFAULT, "not measured: onnxscript is not installed", "", ""))
+            rows.append((DEFAULT, "needs onnxscript", "", ""))
         return Table(HEADER, tuple(rows), "llrr", indent=indent)
 
     def numbers(self) -> Mapping[str, float]:
