@@ -18,7 +18,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillnorm.diagnosis.evidence import gather
+from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.runs import run_flows
 
 EPOCHS = 6
 
@@ -79,7 +80,8 @@ if __name__ == "__main__":
         for seed in range(seeds):
             net = trained(size, seed, x, y)
             batches = iter(x_new[:256].split(size))
-            seen = gather(net, batches, forward=None, score=None, max_batches=None)
+            runs = run_flows(net, batches, forward=None, score=None, max_batches=None)
+            seen = Evidence(net, runs)
             noise = [seen.noise(layer) or 0.0 for layer in seen.layers]
             largest += max(noise) / seeds
             rms += math.sqrt(sum(n * n for n in noise) / len(noise)) / seeds

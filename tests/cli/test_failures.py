@@ -74,7 +74,7 @@ def test_an_error_of_ours_is_3_and_says_so(run, monkeypatch):
     def broken(*args, **kwargs):
         return {}["nothing"]
 
-    monkeypatch.setattr("stillnorm.diagnosis.runner.gather", broken)
+    monkeypatch.setattr("stillnorm.diagnosis.runner.choose", broken)
     broken.__code__ = broken.__code__.replace(co_filename=check_command.__file__)
     result = run("check", "net.py:healthy")
     assert result.exit_code == 3

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from diagnosis.nets import batches, conv_net, data, estimated
 from stillnorm import check, freeze
-from stillnorm.diagnosis.evidence import Evidence, gather
+from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.runs import run_flows
 from stillnorm.errors import BatchError
 
 
@@ -119,10 +120,14 @@ def raise_(error: Exception) -> float:
     raise error
 
 
+def gathered(net: nn.Module, batches: object, **how: object) -> Evidence:
+    defaults = {"forward": None, "score": None, "max_batches": 8}
+    return Evidence(net, run_flows(net, batches, **(defaults | how)))
+
+
 class TestWhatIsRun:
     def run(self, batches: object, **how: object) -> Evidence:
-        how = {"forward": None, "score": None, "max_batches": 8} | how
-        return gather(estimated(conv_net()), batches, **how)
+        return gathered(estimated(conv_net()), batches, **how)
 
     def test_only_as_many_batches_as_asked(self) -> None:
         runs = self.run(batches(size=8), max_batches=3).measured
@@ -155,7 +160,7 @@ class TestWhatIsRun:
     def test_where_everything_is_held_there_is_nothing_to_recalibrate(self) -> None:
         net = estimated(conv_net())
         freeze(net)
-        seen = gather(net, batches(), forward=None, score=None, max_batches=8)
+        seen = gathered(net, batches())
         assert "recalibrated" not in seen.measured.traces
 
     def test_layers_come_in_the_order_of_the_forward(self) -> None:
@@ -167,7 +172,7 @@ class TestWhatIsRun:
             def forward(self, x: Tensor) -> Tensor:
                 return self.last(self.first(x))
 
-        seen = gather(Backwards(), batches(), forward=None, score=None, max_batches=8)
+        seen = gathered(Backwards(), batches())
         assert [layer.path for layer in seen.in_order(seen.layers)] == ["first", "last"]
         assert seen.from_here(["first"]) == ("first", "last")
         assert seen.from_here(["last"]) == ("last",)
@@ -178,7 +183,7 @@ class TestWhatIsRun:
 def test_the_three_flows_are_what_they_say() -> None:
     net = estimated(conv_net())
     net[1].running_mean.fill_(3)
-    seen = gather(net, batches(), forward=None, score=None, max_batches=8)
+    seen = gathered(net, batches())
     first = seen.layers[0]
     used = {flow: {c.used for c in t.by_layer("1")} for flow, t in seen.measured.traces.items()}
     assert used == {"eval": {"running"}, "batch": {"batch"}, "recalibrated": {"running"}}

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from diagnosis.nets import batches, conv_net
-from stillnorm.diagnosis.evidence import gather
 from stillnorm.diagnosis.gradients import fed_by
+from stillnorm.diagnosis.runs import run_flows
 
 
 class Branches(nn.Module):
@@ -25,8 +25,8 @@ class Branches(nn.Module):
 
 
 def run(net: nn.Module, parameters: list[nn.Parameter], **how: object) -> set[nn.Module] | None:
-    seen = gather(net, batches(), **({"forward": None, "score": None, "max_batches": 1} | how))
-    got = fed_by(net, seen.measured, parameters)
+    runs = run_flows(net, batches(), **({"forward": None, "score": None, "max_batches": 1} | how))
+    got = fed_by(net, runs, parameters)
     return None if got is None else set(got)
 
 

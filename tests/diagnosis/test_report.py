@@ -11,8 +11,8 @@ from torch import nn
 from diagnosis.nets import batches, conv_net, estimated
 from stillnorm import check
 from stillnorm.diagnosis import Finding, Fix, Report, Verdict
-from stillnorm.diagnosis.evidence import Head
 from stillnorm.diagnosis.report import Crash, Data, Layer, NotRun
+from stillnorm.diagnosis.runs import Head
 from stillnorm.reports import Table, text
 
 

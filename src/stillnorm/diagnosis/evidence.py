@@ -1,106 +1,24 @@
-"""What the rules read: the model's layers and modes and, with batches, what its forwards showed.
-
-Three forwards over the same batches, each in eval mode but for the norms themselves:
-
-- the **eval flow**, running statistics everywhere: what the user ships;
-- the **batch flow**, batch statistics wherever `train()` would use them: what was trained, and
-  what running statistics estimate;
-- the **recalibrated** flow, the eval flow after `recalibrate` on these batches: what that repairs.
-
-They are run once, shared by all rules, and leave the model as it was.
-"""
+"""What the rules read: the model's layers and modes and, with batches, what its forwards showed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
 from functools import cached_property
-from itertools import islice
-from typing import Any, Literal
 
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils.data import DataLoader
+from torch import nn
 
-from stillnorm.calibration import recalibrate
 from stillnorm.diagnosis.causes import Causes
-from stillnorm.diagnosis.measure import (
-    Distance,
-    Samples,
-    batch_noise,
-    distance,
-    samples_of,
-)
-from stillnorm.errors import BatchError, CalibrationError
+from stillnorm.diagnosis.measure import Distance, Samples, batch_noise, distance, samples_of
+from stillnorm.diagnosis.runs import Flow, Runs
 from stillnorm.norms import Modes, NormLayer, find_norms, probe_modes
-from stillnorm.state import preserved
-from stillnorm.tracing import Call, Forward, Trace, batch_size, each_batch, trace
+from stillnorm.tracing import Call
 
-Score = Callable[[Any, Any], float]
-Flow = Literal["eval", "batch", "recalibrated"]
-
-
-MATTERS = 0.05
 SENSITIVE = 1 / 3  # of the thresholds, once the user's own score says that statistics are stale
 
 
 class CannotTell(Exception):
     """Raised by a rule that cannot be decided here; the message is the reason in the report."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """The user's own score, higher is better, three ways.
-
-    Args:
-        eval: With running statistics: what ships.
-        batch: With batch statistics: what was trained.
-        recalibrated: With statistics re-estimated on the same batches; None where nothing could be.
-    """
-
-    eval: float
-    batch: float
-    recalibrated: float | None
-
-    def matters(self, difference: float) -> bool:
-        """Tell a gain from what other samples might have shown: five points, or five percent."""
-        scores = [s for s in (self.eval, self.batch, self.recalibrated) if s is not None]
-        fractions = all(0 <= score <= 1 for score in scores)
-        return difference > MATTERS * (1 if fractions else max(map(abs, scores)))
-
-    @property
-    def recalibration_pays(self) -> bool:
-        """Whether recalibrating raises the score by what matters."""
-        return self.recalibrated is not None and self.matters(self.recalibrated - self.eval)
-
-
-@dataclass(frozen=True, eq=False)
-class Runs:
-    """What the forwards showed.
-
-    Args:
-        batches: The batches that were run.
-        batch_sizes: Samples in each.
-        traces: By flow; no ``"recalibrated"`` where there was nothing to recalibrate.
-        head: The scores, or None without `score`.
-        called: The modules in order of their first call in the eval flow.
-        after: By path: running mean and variance after recalibration.
-        loader: The DataLoader they came from, or None.
-        total: How many batches it has, where it knows.
-        forward: How the user calls the model.
-    """
-
-    batches: tuple[object, ...]
-    batch_sizes: tuple[int, ...]
-    traces: dict[Flow, Trace]
-    head: Head | None
-    called: tuple[nn.Module, ...]
-    after: dict[str, tuple[Tensor, Tensor]]
-    forward: Forward | None
-    loader: DataLoader[object] | None = None
-    total: int | None = None
 
 
 class Evidence:
@@ -267,89 +185,3 @@ class Evidence:
     def noise(self, layer: NormLayer) -> float | None:
         """Predict the noise of the layer's batch statistics at the batch size given."""
         return batch_noise(self.samples(layer, "batch"), layer.eps)
-
-
-def gather(
-    model: nn.Module,
-    batches: object,
-    *,
-    forward: Forward | None,
-    score: Score | None,
-    max_batches: int | None,
-) -> Evidence:
-    """Run what the rules need, and leave the model as it was.
-
-    Raises:
-        BatchError: There is no batch, or the model cannot be called on one.
-    """
-    if batches is None:
-        return Evidence(model, None)
-    with preserved(model):  # iterating a DataLoader draws from the global generators
-        taken = tuple(islice(each_batch(batches), max_batches))
-        if not taken:
-            raise BatchError("there is no batch in batches=", help="give at least one batch")
-        runs = _run(model, taken, forward, score)
-        if isinstance(batches, DataLoader):
-            runs = replace(runs, loader=batches, total=_length(batches))
-    return Evidence(model, runs)
-
-
-def _run(
-    model: nn.Module, batches: tuple[object, ...], forward: Forward | None, score: Score | None
-) -> Runs:
-    """Trace the flows one after the other."""
-    sizes = tuple(batch_size(batch) for batch in batches)
-
-    def run(flow: Literal["eval", "batch"]) -> tuple[Trace, float | None]:
-        scores: list[float] = []
-
-        def keep_score(output: object, batch: object) -> None:
-            if score is not None:
-                scores.append(float(score(output, batch)))
-
-        seen = trace(model, iter(batches), forward=forward, flow=flow, on_output=keep_score)
-        return seen, _weighted(scores, sizes) if scores else None
-
-    called: dict[nn.Module, None] = {}
-    noted = register_module_forward_pre_hook(lambda module, _: called.setdefault(module, None))
-    try:
-        in_eval, eval_score = run("eval")
-    finally:
-        noted.remove()
-    by_batch, batch_score = run("batch")
-    traces: dict[Flow, Trace] = {"eval": in_eval, "batch": by_batch}
-    after: dict[str, tuple[Tensor, Tensor]] = {}
-    recalibrated_score = None
-    if _can_recalibrate(model, in_eval):
-        # Inputs that give no statistics (NaN, say) leave two numbers to report, not three.
-        with suppress(CalibrationError):
-            report = recalibrate(model, iter(batches), forward=forward)
-            after = {done.path: (done.mean_after, done.var_after) for done in report.layers}
-            traces["recalibrated"], recalibrated_score = run("eval")
-    head = None
-    if eval_score is not None and batch_score is not None:
-        head = Head(eval_score, batch_score, recalibrated_score)
-    inside = set(model.modules())
-    order = tuple(module for module in called if module in inside)
-    return Runs(batches, sizes, traces, head, order, after, forward)
-
-
-def _length(loader: DataLoader[object]) -> int | None:
-    """Return how many batches a DataLoader has; over an iterable dataset it may not know."""
-    try:
-        return len(loader)
-    except TypeError:
-        return None
-
-
-def _weighted(values: list[float], weights: tuple[int, ...]) -> float:
-    """Average per batch, each batch weighing as many samples as it has."""
-    return sum(v * w for v, w in zip(values, weights, strict=True)) / max(sum(weights), 1)
-
-
-def _can_recalibrate(model: nn.Module, seen: Trace) -> bool:
-    modes = probe_modes(model)
-    return any(
-        layer.has_statistics and layer.path in seen.reached and modes.held_by(layer) is None
-        for layer in find_norms(model)
-    )

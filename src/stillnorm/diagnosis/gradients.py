@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from stillnorm.diagnosis.evidence import Runs
+from stillnorm.diagnosis.runs import Runs
 from stillnorm.state import eval_mode, preserved
 from stillnorm.tracing import call
 

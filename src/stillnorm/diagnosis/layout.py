@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from stillnorm.diagnosis.evidence import Head
 from stillnorm.diagnosis.finding import Finding, source_lines
+from stillnorm.diagnosis.runs import Head
 from stillnorm.diagnosis.verdict import in_units
 from stillnorm.reports.document import Block, Diagnostic, Document, Line, Span, Table
 from stillnorm.reports.numbers import count

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from stillnorm.diagnosis.evidence import Head, Runs
 from stillnorm.diagnosis.finding import Finding, Fix
 from stillnorm.diagnosis.fixes import apply_all
 from stillnorm.diagnosis.layout import lay_out
+from stillnorm.diagnosis.runs import Head, Runs
 from stillnorm.diagnosis.verdict import Verdict
 from stillnorm.errors import FindingsError
 from stillnorm.reports import text

@@ -9,9 +9,10 @@ from torch import nn
 
 from stillnorm.diagnosis.causes import causes_first
 from stillnorm.diagnosis.codes import Names, choose
-from stillnorm.diagnosis.evidence import CannotTell, Score, gather
+from stillnorm.diagnosis.evidence import CannotTell, Evidence
 from stillnorm.diagnosis.finding import SEVERITIES, Finding
 from stillnorm.diagnosis.report import Crash, Data, Layer, NotRun, Report
+from stillnorm.diagnosis.runs import Score, run_flows
 from stillnorm.diagnosis.verdict import judge
 from stillnorm.errors import BatchError
 from stillnorm.tracing import Forward
@@ -67,12 +68,15 @@ def check(
         raise BatchError("score= needs batches", help="check(model, batches, score=...)")
     started = time.perf_counter()
     chosen = choose(select, ignore)
-    evidence = gather(model, batches, forward=forward, score=score, max_batches=max_batches)
+    runs = None
+    if batches is not None:
+        runs = run_flows(model, batches, forward=forward, score=score, max_batches=max_batches)
+    evidence = Evidence(model, runs)
     findings: list[Finding] = []
     not_run: list[NotRun] = []
     crashed: list[Crash] = []
     for rule in causes_first(chosen):
-        if rule.needs == "forward" and evidence.runs is None:
+        if rule.needs == "forward" and runs is None:
             not_run.append(NotRun(rule.code, "needs batches"))
             continue
         try:
@@ -95,10 +99,10 @@ def check(
         findings=tuple(findings),
         not_run=tuple(not_run),
         crashed=tuple(crashed),
-        head=None if evidence.runs is None else evidence.runs.head,
+        head=None if runs is None else runs.head,
         verdict=judge(evidence, findings),
-        data=None if evidence.runs is None else Data.describe(evidence.runs),
+        data=None if runs is None else Data.describe(runs),
         seconds=time.perf_counter() - started,
         _model=model,
-        _runs=evidence.runs,
+        _runs=runs,
     )

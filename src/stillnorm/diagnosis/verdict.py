@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from stillnorm.diagnosis.evidence import Evidence, Flow, Head
+from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding
+from stillnorm.diagnosis.runs import Flow, Head
 from stillnorm.norms import NormLayer
 from stillnorm.reports.numbers import count, number
 

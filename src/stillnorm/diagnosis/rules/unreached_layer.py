@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stillnorm.diagnosis.evidence import CannotTell, Evidence, Runs
+from stillnorm.diagnosis.evidence import CannotTell, Evidence
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.rule import Rule
+from stillnorm.diagnosis.runs import Runs
 from stillnorm.reports.numbers import count
 from stillnorm.state import preserved
 from stillnorm.tracing import trace
