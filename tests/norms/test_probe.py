@@ -176,9 +176,11 @@ def test_says_what_the_calls_do_and_leaves_the_model_as_found(name: str, start: 
     if start != "as built":
         getattr(net, start)()
     modules = list(net.modules())
+    flags = [module.training for module in modules]  # TorchScript keeps them out of sight
     before = Fingerprint(net)
     modes = probe_modes(net)
     assert Fingerprint(net).differences(before) == []
+    assert [module.training for module in modules] == flags
     net.train()
     assert [modes.in_train[m] for m in modules] == [m.training for m in modules]
     net.eval()
