@@ -47,14 +47,14 @@ def norm_by_constants(
     Cost:
         One read and one write of x forward and backward; saves 2 C elements.
     """
-    weight, bias = _constant(weight), _constant(bias)
+    weight, bias = constant(weight), constant(bias)
     if x.requires_grad and torch.is_grad_enabled() and not needs_plain_ops():
         y: Tensor = NormByConstants.apply(x, (mean, var, weight, bias, eps))  # type: ignore[no-untyped-call]
         return y
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 
-def _constant(parameter: Tensor | None) -> Tensor | None:
+def constant(parameter: Tensor | None) -> Tensor | None:
     """Cut a parameter off from autograd, also when `requires_grad` was switched on again."""
     return parameter.detach() if parameter is not None and parameter.requires_grad else parameter
 

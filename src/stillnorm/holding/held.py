@@ -19,7 +19,6 @@ pickle works and users' own `__getstate__` keeps its say.
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 from typing import Any, cast
 
@@ -30,8 +29,13 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
-from stillnorm.holding.algebra import needs_plain_ops, norm_by_constants
+from stillnorm.holding.algebra import constant, needs_plain_ops, norm_by_constants
+from stillnorm.holding.deferred import Deferred, normalized
+from stillnorm.holding.hooks import sees_input
+from stillnorm.holding.naming import base_of, mangled
 from stillnorm.norms.hold import HOLD, Affine, Hold
+
+_PREFIX = "Held"
 
 # Forwards whose eval path is F.batch_norm or F.instance_norm by the running statistics alone.
 _TORCH_FORWARDS = (_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward)
@@ -106,8 +110,9 @@ class OwnForward(nn.Module):
         if self.training:  # written directly, past train(), as some trainers do
             self.__dict__[HOLD].asked = True
             self.training = False
-        affine = self.__dict__[HOLD].affine
-        if affine == "trains" or not torch.is_grad_enabled():
+        held: Hold = self.__dict__[HOLD]
+        folds = held.pair is not None and not needs_plain_ops()
+        if not folds and (held.affine == "trains" or not torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
         if needs_plain_ops() and not _requires_grad(self.weight, self.bias):
             return super().forward(*args, **kwargs)
@@ -125,31 +130,39 @@ class _HeldNormCall(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             call = dict(zip(_BATCH_NORM_ARGUMENTS, args, strict=False)) | kwargs
-            if self._is_by_constants(call):
-                return norm_by_constants(
-                    call["input"],
-                    call["running_mean"],
-                    call["running_var"],
-                    call.get("weight"),
-                    call.get("bias"),
-                    call.get("eps", 1e-5),
-                )
+            if self._is_own(call):
+                return self._compute(call)
         return func(*args, **kwargs)
 
-    def _is_by_constants(self, call: dict[str, Any]) -> bool:
-        """Tell whether the call is the layer's own, in eval mode, with affine that cannot learn.
+    def _is_own(self, call: dict[str, Any]) -> bool:
+        """Tell whether the call is the layer's own, in eval mode.
 
-        A scale computed on the way, from a gate with parameters of its own, can. The input is no
-        tensor while torch.fx traces.
+        The input is no tensor while torch.fx traces.
         """
-        layer = self.layer
-        given = [call.get("weight"), call.get("bias")]
-        computed = [t for t in given if t is not layer.weight and t is not layer.bias]
         return (
-            call.get("running_mean") is layer.running_mean
+            call.get("running_mean") is self.layer.running_mean
             and isinstance(call["input"], Tensor)
             and not call.get("training")
-            and not _requires_grad(*computed)
+        )
+
+    def _compute(self, call: dict[str, Any]) -> Tensor:
+        """Normalise; what is the layer's own affine is constant where it is frozen.
+
+        A scale computed on the way, from a gate with parameters of its own, learns.
+        """
+        layer: Any = self.layer
+        weight, bias = call.get("weight"), call.get("bias")
+        if layer.__dict__[HOLD].affine == "frozen":
+            weight = constant(weight) if weight is layer.weight else weight
+            bias = constant(bias) if bias is layer.bias else bias
+        return normalize(
+            layer,
+            call["input"],
+            call["running_mean"],
+            call["running_var"],
+            weight,
+            bias,
+            call.get("eps", 1e-5),
         )
 
 
@@ -182,9 +195,78 @@ def held_norm(layer: Any, x: Tensor) -> Tensor:
     if isinstance(layer, _InstanceNorm) and layer.weight is None:
         # torch's F.instance_norm then rounds them to the input's dtype.
         mean, var = mean.to(x.dtype), var.to(x.dtype)
+    weight: Tensor | None = layer.weight
+    bias: Tensor | None = layer.bias
     if layer.__dict__[HOLD].affine == "frozen":
-        return norm_by_constants(x, mean, var, layer.weight, layer.bias, layer.eps)
-    return F.batch_norm(x, mean, var, layer.weight, layer.bias, False, 0.0, layer.eps)
+        weight, bias = constant(weight), constant(bias)
+    return normalize(layer, x, mean, var, weight, bias, layer.eps)
+
+
+def normalize(
+    layer: nn.Module,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Normalise x by constant statistics: in the convolution before it where it may, or alone.
+
+    Args:
+        layer: The held layer whose call it is.
+        x: The input, or what stands for it.
+        mean: The mean of each channel, a constant.
+        var: The variance of each channel, a constant.
+        weight: The scale of each channel, or None; it learns where it requires a gradient.
+        bias: The shift of each channel, or None; the same.
+        eps: Added to the variance.
+
+    Shape:
+        - x: ``(N, C, *)``; the others ``(C,)``.
+    """
+    if type(x) is Deferred:
+        if may_fold(x, layer, mean, var, weight, bias):
+            return normalized(x, weight, bias, mean, var, eps)
+        x = x.output()
+    if _requires_grad(weight, bias):
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+    return norm_by_constants(x, mean, var, weight, bias, eps)
+
+
+def may_fold(
+    x: Deferred,
+    layer: nn.Module,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> bool:
+    """Tell whether the layer may compute the convolution that x stands for.
+
+    It is the one that x waits for, nothing else has asked for the output (it may have been written
+    to), no hook sees it, and `F.batch_norm` would accept shapes and dtypes.
+    """
+    if x.has_output or x.pair is not layer.__dict__[HOLD].pair or sees_input(layer):
+        return False
+    dtype, channels = x.call.dtype, x.call.shape[1]
+    params = mean.dtype
+    if params != dtype and not (params == torch.float32 and dtype in _HALF):
+        return False
+    return (
+        _is_vector(mean, params, channels)
+        and _is_vector(var, params, channels)
+        and (weight is None or _is_vector(weight, params, channels))
+        and (bias is None or _is_vector(bias, params, channels))
+    )
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _is_vector(tensor: Tensor, dtype: torch.dtype, channels: int) -> bool:
+    plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    return plain and tensor.dtype == dtype and tensor.numel() == channels
 
 
 # ---------------------------------------------------------------------- making and finding classes
@@ -203,11 +285,11 @@ def held_class(base: type[nn.Module]) -> type[nn.Module]:
         root = next(c for c in base.__mro__ if c.__module__.startswith("torch.nn."))
         bases = (Guard, OwnForward, base, type(f"Held{root.__name__}Core", (core, root), {}))
     made = type(
-        f"Held{base.__name__}",
+        f"{_PREFIX}{base.__name__}",
         bases,
         {
             "__module__": __name__,
-            "__qualname__": _mangled(base),
+            "__qualname__": mangled(_PREFIX, base),
             "__doc__": f"A {base.__name__} held by stillnorm.",
             "held_base": base,
         },
@@ -215,17 +297,8 @@ def held_class(base: type[nn.Module]) -> type[nn.Module]:
     return cast(type[nn.Module], made)
 
 
-def _mangled(base: type) -> str:
-    """Name the held class so that `__getattr__` finds its base; pickle splits names at dots."""
-    return f"Held{base.__qualname__}@{base.__module__}".replace(".", "/")
-
-
 def __getattr__(name: str) -> type[nn.Module]:
-    """Find a held class by the name that `_mangled` gave it."""
-    qualname, at, module = name.removeprefix("Held").replace("/", ".").partition("@")
-    if not (name.startswith("Held") and at):
+    """Find a held class by the name that `held_class` gave it."""
+    if (base := base_of(_PREFIX, name)) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    base: Any = importlib.import_module(module)
-    for part in qualname.split("."):
-        base = getattr(base, part)
     return held_class(base)

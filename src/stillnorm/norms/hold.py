@@ -11,6 +11,8 @@ from typing import Literal
 
 from torch import nn
 
+from stillnorm.norms.pair import Pair
+
 Affine = Literal["frozen", "trains"]
 
 HOLD = "_stillnorm_hold"
@@ -27,12 +29,14 @@ class Hold:
         required_grad: `requires_grad` of the affine parameters before they were frozen, by name;
             empty while they train.
         shadowed_module: The instance's own ``__module__`` entry before the hold, if it had one.
+        pair: What it shares with the convolutions in whose weights it may be computed, if any.
     """
 
     affine: Affine
     asked: bool
     required_grad: dict[str, bool]
     shadowed_module: str | None = None
+    pair: Pair | None = None
 
 
 def hold_of(module: nn.Module) -> Hold | None:
