@@ -16,11 +16,12 @@ ROOT = Path(stillnorm.__file__).parent
 
 ORDER = (
     ("errors",),
-    ("reports",),
+    ("reports", "convolutions"),
     ("norms",),
     ("holding",),
     ("state",),
     ("tracing",),
+    ("folding",),
     ("freezing", "calibration"),
     ("diagnosis",),
     ("cli", "demo"),

@@ -79,10 +79,8 @@ def convolve_normalized(
     b = folded_bias(bias, mean, s, beta)
     if b.dtype != x.dtype:
         b = b.to(x.dtype)
-    y = convolve(x, _folded(weight, s_w, x.dtype), b, geometry)
-    if y.grad_fn is not None:
-        _Recipe(weight, s_w.detach(), x.dtype).replace_weight(y.grad_fn)
-    return y
+    recipe = _Recipe(weight, s_w.detach(), x.dtype)
+    return recipe.convolve(x, _folded(weight, s_w, x.dtype), b, geometry)
 
 
 def _folded(weight: Tensor, s_w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,7 +90,12 @@ def _folded(weight: Tensor, s_w: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # How autograd names the weight that it saves: of a convolution, of a linear layer (transposed).
-_SAVED = ("_raw_saved_weight", "_raw_saved_mat2")
+_SAVED = (("_raw_saved_weight", False), ("_raw_saved_mat2", True))
+
+# Since torch 2.7; before, W' is kept where saved tensors are hooked.
+_outer_hooks: Any = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None
+)
 
 
 class _Recipe:
@@ -111,15 +114,35 @@ class _Recipe:
         self.version = weight._version
         self.transposed = False
 
-    def replace_weight(self, node: Any) -> None:
-        """Let a node of the graph forget W'; where others watch what is saved, they have W'."""
-        for name in _SAVED:
-            if (saved := getattr(node, name, None)) is not None:
-                self.transposed = name == "_raw_saved_mat2"
-                try:
-                    saved.register_hooks(self._pack, _compute)
-                except RuntimeError:  # hooks are there: offloading, checkpointing
-                    return
+    def convolve(self, x: Tensor, w: Tensor, b: Tensor, geometry: Geometry | None) -> Tensor:
+        """Convolve with W'; what autograd saves of it is the recipe.
+
+        Hooks of others on saved tensors (offloading, checkpointing) see x, as they would without
+        the norm, and not W'.
+        """
+        outer = _outer_hooks(False) if torch.is_grad_enabled() else None
+        if outer is None:
+            y = convolve(x, w, b, geometry)
+            if (node := y.grad_fn) is not None:
+                for name, transposed in _SAVED:
+                    if hasattr(node, name):
+                        self.transposed = transposed
+                        getattr(node, name).register_hooks(self._pack, _compute)
+            return y
+        pack, unpack = outer
+        pointer = w.data_ptr()
+
+        def pack_others(tensor: Tensor) -> Any:
+            if tensor.data_ptr() != pointer:
+                return pack(tensor)
+            self.transposed = tensor.shape != w.shape or tensor.stride() != w.stride()
+            return self
+
+        def unpack_others(packed: Any) -> Any:
+            return _compute(packed) if isinstance(packed, _Recipe) else unpack(packed)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack_others, unpack_others):
+            return convolve(x, w, b, geometry)
 
     def _pack(self, weight: Tensor) -> _Recipe:
         return self

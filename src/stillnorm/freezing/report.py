@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stillnorm.reports import Document, Line, Table, text
-from stillnorm.reports.numbers import count
+from stillnorm.reports import Block, Document, Line, Table, text
+from stillnorm.reports.json import Jsonable, to_jsonable
+from stillnorm.reports.numbers import count, size
 
 Refusals = tuple[tuple[str, str], ...]
 
@@ -18,18 +19,45 @@ class FreezeReport:
         frozen: Paths of the layers that are held now as asked.
         already_frozen: Paths of the layers that were so before.
         refused: (path, reason) of the layers that were left alone.
+        folded: Paths of the held layers that are computed in the convolution before them.
+        not_folded: (path, reason) of the held layers that are not, where `fold_on` was given.
+        bytes_before: What autograd kept for backward in one forward on the example, as found.
+        bytes_after: The same as left. None of both without an example.
     """
 
     frozen: tuple[str, ...]
     already_frozen: tuple[str, ...]
     refused: Refusals
+    folded: tuple[str, ...] = ()
+    not_folded: Refusals = ()
+    bytes_before: int | None = None
+    bytes_after: int | None = None
 
     def document(self) -> Document:
         """Return the report as a document."""
         head = f"{count(len(self.frozen), 'layer')} frozen"
         if self.already_frozen:
             head += f", {len(self.already_frozen)} already frozen"
-        return _document(head, self.refused)
+        if self.bytes_before is None or self.bytes_after is None:
+            return _document(head, self.refused)
+        head += f", {len(self.folded)} folded into the convolution before"
+        blocks: list[Block] = [
+            Line(
+                f"saved for backward on the example: {size(self.bytes_before)} before, "
+                f"{size(self.bytes_after)} now",
+                indent=2,
+            )
+        ]
+        for label, refusals in (("refused", self.refused), ("held, not folded", self.not_folded)):
+            if refusals:
+                blocks += [Line(""), Table((label, "because"), _collapsed(refusals), "ll")]
+        if self.refused:
+            head += f", {len(self.refused)} refused"
+        return Document(head, tuple(blocks))
+
+    def to_json(self) -> Jsonable:
+        """Return the report as plain data."""
+        return to_jsonable(self)
 
     def __str__(self) -> str:
         return text.write(self.document())
@@ -58,6 +86,24 @@ class UnfreezeReport:
 
     def __str__(self) -> str:
         return text.write(self.document())
+
+
+_SHOWN = 3
+
+
+def _collapsed(refusals: Refusals) -> tuple[tuple[str, str], ...]:
+    """Return one row per reason: most layers of a network are refused for the same one."""
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in refusals:
+        by_reason.setdefault(reason, []).append(path or "(root)")
+    return tuple(
+        (
+            ", ".join(paths[:_SHOWN])
+            + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""),
+            reason,
+        )
+        for reason, paths in by_reason.items()
+    )
 
 
 def _document(head: str, refused: Refusals) -> Document:

@@ -4,6 +4,7 @@
 """
 
 from stillnorm.holding.hold import hold as hold
+from stillnorm.holding.hold import part_unheld as part_unheld
 from stillnorm.holding.hold import release as release
 from stillnorm.holding.hold import remember as remember
 from stillnorm.holding.hold import why_not as why_not

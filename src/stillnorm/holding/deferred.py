@@ -23,7 +23,7 @@ from stillnorm.errors import StateError
 from stillnorm.norms.pair import Pair
 
 # What can be read of a tensor without its values.
-_METADATA = frozenset(
+METADATA = frozenset(
     {
         Tensor.dim,
         Tensor.size,
@@ -79,7 +79,7 @@ class Deferred(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer what needs no values; for everything else stand aside for the true output."""
         kwargs = kwargs or {}
-        if func in _METADATA and not args[0].has_output:
+        if func in METADATA and not args[0].has_output:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return func(*_settled(args), **_settled(kwargs))

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from stillnorm.convolutions import convolution_of
@@ -103,7 +104,8 @@ def _convolve(layer: Any, x: Tensor) -> Tensor:
             call = convolution_of(function, (x, layer.weight, layer.bias, *settings), {})
             if call is not None:
                 return defer(call, pair)
-        return function(x, layer.weight, layer.bias, *settings)
+        y: Tensor = function(x, layer.weight, layer.bias, *settings)
+        return y
     return cast(Tensor, _forward(layer, x))
 
 
@@ -170,6 +172,11 @@ def _folding_of(kind: type) -> Any:
 
 
 # ------------------------------------------------------------------ giving and taking a convolution
+
+
+def is_convolutional(module: nn.Module) -> bool:
+    """Tell whether a module is a convolution or a linear layer, of any subclass."""
+    return isinstance(module, _ConvNd | nn.Linear)
 
 
 def is_folding(module: nn.Module) -> bool:

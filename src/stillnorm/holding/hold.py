@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
+from stillnorm.holding.folding import is_folding, part
 from stillnorm.holding.held import held_class
-from stillnorm.norms import Hold, NormLayer, hold_of
+from stillnorm.norms import Hold, NormLayer, find_norms, hold_of
 from stillnorm.norms.hold import HOLD, Affine
+from stillnorm.norms.pair import pair_of
 
 _AFFINE = ("weight", "bias")
 
@@ -160,3 +162,16 @@ def _require_grad_as_before(module: nn.Module, held: Hold) -> None:
         if held.required_grad.get(name) and not parameter.requires_grad:
             parameter.requires_grad_(True)
     held.required_grad.clear()
+
+
+def part_unheld(model: nn.Module, put_back: list[Callable[[], None]]) -> None:
+    """Make the convolutions plain again whose norms nothing holds any more.
+
+    Mutates:
+        Their class.
+    """
+    pairs = {id(norm.hold.pair) for norm in find_norms(model) if norm.hold is not None}
+    for module in model.modules():
+        if is_folding(module) and id(pair_of(module)) not in pairs:
+            put_back.append(remember(module))
+            part(module)

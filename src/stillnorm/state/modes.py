@@ -11,7 +11,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
+from stillnorm.holding.folding import is_convolutional
 from stillnorm.norms import (
     Layers,
     keep_tensors,
@@ -165,6 +167,9 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
             ]
         ),
         layers_kept([norm.module for norm in norms if not norm.is_lazy]),
+        layers_kept(
+            [m for m in modules if is_convolutional(m) and not isinstance(m, LazyModuleMixin)]
+        ),
         lazies_kept(model),
         hooks_kept(model),
         buffers_kept(modules),

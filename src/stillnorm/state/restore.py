@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stillnorm.errors import StateError
-from stillnorm.holding import hold, release, remember, why_not, why_not_release
+from stillnorm.holding import hold, part_unheld, release, remember, why_not, why_not_release
 from stillnorm.norms import NormLayer, find_norms, write
 from stillnorm.norms.hold import HOLD
 from stillnorm.state.change import SwitchChange, TensorChange, changes
@@ -38,6 +38,7 @@ def restore(recorded: tuple[Recorded, ...], model: nn.Module) -> Difference:
                 put_back.append(partial(write, tensor, tensor.detach().clone()))
                 write(tensor, value)
             _put(before, norm)
+        part_unheld(model, put_back)
         for before, norm in pairs:
             _must_match(before, norm)
     except BaseException:

@@ -5,7 +5,9 @@ from stillnorm.tracing.batches import each_batch as each_batch
 from stillnorm.tracing.batches import first_tensor as first_tensor
 from stillnorm.tracing.calling import Forward as Forward
 from stillnorm.tracing.calling import call as call
+from stillnorm.tracing.calling import call_example as call_example
 from stillnorm.tracing.flow import Flow as Flow
+from stillnorm.tracing.flow import looking as looking
 from stillnorm.tracing.flow import running as running
 from stillnorm.tracing.flow import train_by_input as train_by_input
 from stillnorm.tracing.instrument import Normalization as Normalization

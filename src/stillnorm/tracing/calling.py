@@ -46,6 +46,39 @@ def call(model: nn.Module, batch: object, forward: Forward | None = None) -> obj
     return output
 
 
+def call_example(model: nn.Module, example: object, forward: Forward | None = None) -> object:
+    """Call the model on an example, which is what `torch.export` takes.
+
+    Args:
+        model: The model.
+        example: A tensor, a tuple or list of positional arguments, or a mapping of keyword
+            arguments.
+        forward: ``(model, example) -> output``, for everything else.
+
+    Raises:
+        BatchError: The example does not fit the model's signature, or lies on another device.
+
+    Example:
+        >>> call_example(nn.Bilinear(3, 3, 2), (torch.zeros(8, 3), torch.zeros(8, 3))).shape
+        torch.Size([8, 2])
+    """
+    if forward is not None:
+        return forward(model, example)
+    signature = _signature(model)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example, Mapping):
+        kwargs = dict(example)
+    elif isinstance(example, tuple | list):
+        args = tuple(example)
+    else:
+        args = (example,)
+    _check_signature(model, signature, example, args, kwargs)
+    _check_device(model, example, args, kwargs)
+    output: object = model(*args, **kwargs)
+    return output
+
+
 def _arguments(
     batch: object, signature: inspect.Signature | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

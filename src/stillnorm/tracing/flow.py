@@ -99,19 +99,30 @@ def running(
     Raises:
         StateError: The model has lazy modules, which a first forward would change.
     """
-    _refuse_lazy(model)
     norms = find_norms(model)
     if flow != "batch":
         by_batch = ()
     elif by_batch is None:
         by_batch = train_by_input(model, norms)
-    with preserved(model), no_updates(model), torch.no_grad(), _eager():
+    with looking(model):
         if flow != "as_is":
             model.eval()
         for layer in by_batch:
             # The attribute, not train(): overrides of train() would set other modules' modes.
             layer.module.training = True
         yield Run(model, norms, by_batch, forward, measure)
+
+
+@contextlib.contextmanager
+def looking(model: nn.Module) -> Iterator[None]:
+    """Let the block run the model in any way: nothing is updated, and all is left as found.
+
+    Raises:
+        StateError: The model has lazy modules, which a first forward would change.
+    """
+    _refuse_lazy(model)
+    with preserved(model), no_updates(model), torch.no_grad(), _eager():
+        yield
 
 
 def train_by_input(model: nn.Module, norms: Collection[NormLayer]) -> tuple[NormLayer, ...]:

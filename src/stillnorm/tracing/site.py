@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-import stillnorm
 from stillnorm.tracing.calling import call
 
-_NOT_THE_USERS = tuple(os.path.dirname(p.__file__ or "") + os.sep for p in (torch, stillnorm))
+_NOT_THE_USERS = (
+    os.path.dirname(torch.__file__) + os.sep,
+    os.path.dirname(os.path.dirname(__file__)) + os.sep,
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Folding norms into the layers beside them: in training, step by step, and for inference."""
