@@ -22,6 +22,7 @@ PUBLIC = {
     "StillnormWarning",
     "check",
     "eval_mode",
+    "fold",
     "freeze",
     "inspect",
     "is_frozen",

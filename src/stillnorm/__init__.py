@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stillnorm.diagnosis import inspect as inspect
     from stillnorm.errors import StillnormError as StillnormError
     from stillnorm.errors import StillnormWarning as StillnormWarning
+    from stillnorm.folding import fold as fold
     from stillnorm.freezing import freeze as freeze
     from stillnorm.freezing import is_frozen as is_frozen
     from stillnorm.freezing import unfreeze as unfreeze
@@ -34,6 +35,7 @@ _ROOM_OF = {
     "StillnormWarning": "errors",
     "check": "diagnosis",
     "eval_mode": "state",
+    "fold": "folding",
     "freeze": "freezing",
     "inspect": "diagnosis",
     "is_frozen": "freezing",

@@ -52,7 +52,7 @@ def find_foldable(
     """
     errors: dict[tuple[nn.Module, nn.Module], FoldError] = {}
 
-    def measure(output: Output, use: Use, call: LayerCall) -> None:
+    def measure(output: Output, use: Use, call: LayerCall | None) -> None:
         if isinstance(output.call, Convolution) and isinstance(call, Kernel) and use.by is not None:
             error = _error(output.call, call)
             worst = errors.get((output.module, use.by))

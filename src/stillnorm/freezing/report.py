@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from stillnorm.reports import Block, Document, Line, Table, text
 from stillnorm.reports.json import Jsonable, to_jsonable
 from stillnorm.reports.numbers import count, size
+from stillnorm.reports.refusals import refusal_rows
 
 Refusals = tuple[tuple[str, str], ...]
 
@@ -50,7 +51,7 @@ class FreezeReport:
         ]
         for label, refusals in (("refused", self.refused), ("held, not folded", self.not_folded)):
             if refusals:
-                blocks += [Line(""), Table((label, "because"), _collapsed(refusals), "ll")]
+                blocks += [Line(""), Table((label, "because"), refusal_rows(refusals), "ll")]
         if self.refused:
             head += f", {len(self.refused)} refused"
         return Document(head, tuple(blocks))
@@ -86,24 +87,6 @@ class UnfreezeReport:
 
     def __str__(self) -> str:
         return text.write(self.document())
-
-
-_SHOWN = 3
-
-
-def _collapsed(refusals: Refusals) -> tuple[tuple[str, str], ...]:
-    """Return one row per reason: most layers of a network are refused for the same one."""
-    by_reason: dict[str, list[str]] = {}
-    for path, reason in refusals:
-        by_reason.setdefault(reason, []).append(path or "(root)")
-    return tuple(
-        (
-            ", ".join(paths[:_SHOWN])
-            + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""),
-            reason,
-        )
-        for reason, paths in by_reason.items()
-    )
 
 
 def _document(head: str, refused: Refusals) -> Document:

@@ -105,7 +105,8 @@ def _put_back(model: nn.Module) -> Iterator[None]:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
     ]
     grads = [(p, p.requires_grad, p.grad) for p in tensors if isinstance(p, nn.Parameter)]
-    flags = [(module, module.training) for module in modules if hasattr(module, "training")]
+    every = dict.fromkeys((*modules, *model.modules()))  # TorchScript's own are in no __dict__
+    flags = [(module, module.training) for module in every if hasattr(module, "training")]
     holds = [(hold, hold.asked) for m in modules if (hold := hold_of(m)) is not None]
     for module in modules:
         if overrides_train(module) and not find_norms(module):

@@ -46,7 +46,7 @@ class Use:
 
 
 LayerCall = Convolution | Kernel
-OnLink = Callable[["Output", Use, LayerCall], None]
+OnLink = Callable[["Output", Use, LayerCall | None], None]
 
 
 @dataclass(eq=False)
@@ -57,6 +57,7 @@ class Output:
         module: The layer.
         shape: Its shape.
         weight_size: The number of elements of a convolution's weight; of a norm 0.
+        uses_own: Whether a convolution used the layer's weight and bias as they are.
         call: The call it comes from, until its first use: calls keep their tensors alive.
         uses: Who uses it, in order.
         is_kept: Whether it is alive after the forward: in the model's output, or stored.
@@ -65,6 +66,7 @@ class Output:
     module: nn.Module
     shape: tuple[int, ...]
     weight_size: int
+    uses_own: bool
     call: LayerCall | None
     uses: list[Use] = field(default_factory=list)
     is_kept: bool = False
@@ -98,8 +100,8 @@ def links(
         model: The model.
         norms: Its norm layers.
         call: Runs it.
-        on_link: Called with an output, its first use, and the call that is about to use it, where
-            that is a norm's or a convolution's own.
+        on_link: Called with an output, its first use by a norm or a convolution, and the call that
+            is about to use it; a foreign frozen layer makes none that is known.
 
     Returns:
         Who fed whom.
@@ -188,14 +190,15 @@ class _Follow(TorchFunctionMode):
             if kernel is None or kernel.arguments.get("running_mean") is None:
                 return None
             self._take(layer, kernel.input, Use(_name(func), calling_site(), layer), kernel)
-            output = Output(layer, tuple(kernel.input.shape), 0, kernel)
+            output = Output(layer, tuple(kernel.input.shape), 0, True, kernel)
         elif is_convolution(func):
             convolution = convolution_of(func, args, kwargs)
             if convolution is None:
                 return None
             self._take(layer, convolution.x, Use(_name(func), calling_site(), layer), convolution)
-            size = convolution.weight.numel()
-            output = Output(layer, convolution.shape, size, convolution)
+            weight, bias = convolution.weight, convolution.bias
+            own = weight is layer.weight and bias is layer.bias
+            output = Output(layer, convolution.shape, weight.numel(), own, convolution)
         else:
             return None
         self.outputs.append(output)
@@ -208,7 +211,7 @@ class _Follow(TorchFunctionMode):
             self.sources.setdefault(layer, []).append(source)
         if isinstance(source, Output):
             source.uses.append(use)
-            if self._on_link is not None and source.call is not None and call is not None:
+            if self._on_link is not None and source.call is not None:
                 self._on_link(source, use, call)
             source.call = None
 
