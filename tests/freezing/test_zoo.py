@@ -13,6 +13,7 @@ import stillnorm as sn
 from stillnorm.norms import NormLayer, find_norms
 from support import zoo
 from support.fingerprint import Fingerprint
+from support.oracles import saved_bytes
 
 HALF = ("torchvision/resnet18", "timm/efficientnet_lite0", "transformers/resnet")
 
@@ -35,24 +36,6 @@ def quiet(net: nn.Module) -> nn.Module:
         if named_so or getattr(module, "drop_rate", 0):
             module.training = False
     return net
-
-
-def saved_bytes(net: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps for the backward, each storage once, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in (*net.parameters(), *net.buffers())}
-    storages: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            alive.append(tensor)
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        net(x)
-    return sum(storages.values())
 
 
 @pytest.mark.parametrize("name", zoo.CLASSIFIERS)

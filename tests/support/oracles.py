@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def _channels(vector: Tensor, x: Tensor) -> Tensor:
@@ -38,3 +38,21 @@ def ulp_distance(a: Tensor, b: Tensor) -> float:
     spacing = torch.finfo(b.dtype).eps * torch.exp2(torch.floor(torch.log2(b.double().abs())))
     spacing = torch.where(b == 0, torch.finfo(b.dtype).tiny, spacing)
     return float(((a.double() - b.double()).abs() / spacing).max()) if a.numel() else 0.0
+
+
+def saved_bytes(net: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd keeps for the backward, each storage once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in (*net.parameters(), *net.buffers())}
+    storages: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            alive.append(tensor)
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        net(x)
+    return sum(storages.values())

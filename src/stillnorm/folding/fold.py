@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def fold(model: nn.Module, example: object, *, forward: Forward | None = None) -
         paths = [norm.path for norm in find_norms(folded)]
         with looking(folded):
             expected = given.run(folded)
-            plan = plan_fold(folded, lambda copied=folded: given.run(copied))
+            plan = plan_fold(folded, partial(given.run, folded))
         numbers = _numbers(folded, plan)
         built = _build(folded, plan, numbers, barred)
         with looking(folded):

@@ -50,6 +50,7 @@ class Deferred(Tensor):
 
     call: Convolution
     pair: Pair
+    _node: Any
     _output: Tensor | None
 
     @staticmethod
@@ -58,7 +59,7 @@ class Deferred(Tensor):
         made: Deferred = Tensor._make_wrapper_subclass(
             cls, call.shape, dtype=call.dtype, device=call.x.device
         )
-        made.call, made.pair, made._output = call, pair, None
+        made.call, made.pair, made._node, made._output = call, pair, None, None
         return made
 
     def __init__(self, call: Convolution, pair: Pair) -> None:
@@ -67,8 +68,19 @@ class Deferred(Tensor):
     def output(self) -> Tensor:
         """Return the convolution's true output, computed at the first call."""
         if self._output is None:
-            self._output = self.call()
+            own = self.has_own_history
+            self._output = self.call() if own else _Value.apply(self)  # type: ignore[no-untyped-call]
         return self._output
+
+    @property
+    def has_own_history(self) -> bool:
+        """Whether its gradient goes to the convolution, and not to a function that returned it.
+
+        Reentrant checkpointing runs the convolution without gradients and gives what comes out a
+        history that runs it again.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn is self._node
 
     @property
     def has_output(self) -> bool:
@@ -136,7 +148,9 @@ class _Defer(torch.autograd.Function):
     ) -> Tensor:
         """Make the stand-in."""
         ctx.call = call
-        return Deferred(call, pair)
+        made = Deferred(call, pair)
+        made._node = ctx
+        return made
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
@@ -144,6 +158,20 @@ class _Defer(torch.autograd.Function):
         x, weight, _ = ctx.call.tensors()
         needed = ctx.needs_input_grad[2:]
         return None, None, *gradients(dz, x, weight.to(x.dtype), ctx.call.geometry, needed)
+
+
+class _Value(torch.autograd.Function):
+    """The true output with the history that the stand-in was given by others."""
+
+    @staticmethod
+    def forward(ctx: Any, deferred: Deferred) -> Tensor:
+        """Compute the convolution."""
+        return deferred.call().detach()
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> Tensor:
+        """Hand the gradient on."""
+        return dz
 
 
 def normalized(

@@ -11,6 +11,7 @@ forward is called, whatever it does; only the call that convolves is deferred.
 from __future__ import annotations
 
 from functools import cache
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -153,10 +154,19 @@ def folding_class(base: type[nn.Module]) -> type[nn.Module]:
         "__doc__": f"A {base.__name__} whose norm is computed in it by stillnorm.",
         "folding_base": base,
         "forward": _forward_of(base),
-        "_own_forward": base.forward,
+        "_own_forward": _renamed(base.forward, "_own_forward"),
     }
     made = type(f"{_PREFIX}{base.__name__}", (Folding, base), attributes)
     return cast(type[nn.Module], made)
+
+
+def _renamed(function: Any, name: str) -> Any:
+    """Copy a function under another name, by which TorchScript tells methods apart."""
+    made = FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
+    made.__kwdefaults__, made.__annotations__ = function.__kwdefaults__, function.__annotations__
+    return made
 
 
 def __getattr__(name: str) -> type[nn.Module]:

@@ -247,7 +247,9 @@ def may_fold(
     It is the one that x waits for, nothing else has asked for the output (it may have been written
     to), no hook sees it, and `F.batch_norm` would accept shapes and dtypes.
     """
-    if x.has_output or x.pair is not layer.__dict__[HOLD].pair or sees_input(layer):
+    if x.pair is not layer.__dict__[HOLD].pair or sees_input(layer):
+        return False
+    if x.has_output or not x.has_own_history:
         return False
     dtype, channels = x.call.dtype, x.call.shape[1]
     params = mean.dtype

@@ -248,6 +248,8 @@ class _Follow(TorchFunctionMode):
 
     def result(self) -> Links:
         """Return what was seen; what is alive now is kept by somebody."""
+        for output in self.outputs:
+            output.call = None  # of what nobody used: it keeps its input alive
         for reference, origin in self._origins.values():
             if isinstance(origin, Output) and reference() is not None:
                 origin.is_kept = True
