@@ -78,6 +78,42 @@ CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+# More of the same, each with something of its own between convolution and norm. The smallest size
+# that the architecture takes, in pixels.
+MORE: dict[str, int] = {
+    "torchvision/efficientnet_b0": 32,
+    "torchvision/googlenet": 32,
+    "torchvision/densenet121": 32,
+    "timm/tf_efficientnet_lite0": 32,  # Conv2dSame pads in a forward of its own
+    "timm/hrnet_w18_small": 64,
+    "timm/resnetv2_50": 32,  # pre-activation
+    "timm/repvgg_a0": 32,  # norms without a convolution beside those with one
+    "timm/res2net50_14w_8s": 32,  # splits and concatenations
+    "timm/mixnet_s": 32,  # convolutions whose outputs are concatenated before the norm
+    "timm/ese_vovnet19b_dw": 32,
+    "timm/mobilenetv4_conv_small": 32,
+    "timm/fbnetc_100": 32,
+    "timm/levit_128s": 64,  # linear layers on (N, L, C)
+    "timm/tinynet_e": 32,
+    "timm/rexnet_100": 32,
+    "timm/skresnet18": 32,  # one module calls two pairs and adds
+    "timm/hardcorenas_a": 32,
+}
+ALL: dict[str, int] = dict.fromkeys(CLASSIFIERS, 32) | MORE
+
+
+def _create(name: str) -> nn.Module:
+    """Build any architecture of the two dictionaries, with ten classes."""
+    if name in CLASSIFIERS:
+        return CLASSIFIERS[name]()
+    library, _, short = name.partition("/")
+    if library == "timm":
+        options = {"img_size": 64} if "levit" in short else {}
+        return timm.create_model(short, num_classes=10, **options)
+    options = {"aux_logits": False, "init_weights": False} if short == "googlenet" else {}
+    return torchvision.models.get_model(short, num_classes=10, **options)
+
+
 def images(n: int, seed: int = 0, size: int = 64) -> Tensor:
     """Smooth random images, (n, 3, size, size): each with its own brightness, contrast, texture."""
     g = torch.Generator().manual_seed(seed)
@@ -94,7 +130,7 @@ def make(name: str, seed: int = 0, calibrated: bool = True) -> nn.Module:
     The statistics are torch's own cumulative average over two batches in train mode.
     """
     torch.manual_seed(seed)
-    model = CLASSIFIERS[name]()
+    model = _create(name)
     if not calibrated:
         return model.eval()
     g = torch.Generator().manual_seed(seed)

@@ -5,6 +5,7 @@ A fold is right when, on the layer's own input and against float64,
     rms(folded - exact)  <=  2 rms(unfolded - exact) + 4 ulp(rms(exact))
 
 The unfolded error alone would be no measure, since it can be 0; a maximum would be one of chance.
+What is in float64 is measured in float32: nothing is exact beside float64 itself.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ def fold_error(folded: Tensor, unfolded: Tensor, exact: Tensor) -> FoldError:
     return FoldError(
         _rms(folded.double() - exact), _rms(unfolded.double() - exact), _rms(exact), folded.dtype
     )
+
+
+def measured_in(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the rounding errors of a layer are measured."""
+    return torch.float32 if dtype == torch.float64 else dtype
 
 
 def _rms(tensor: Tensor) -> float:

@@ -109,7 +109,13 @@ def _plain_copy(model: nn.Module) -> nn.Module:
             model = original
         else:
             break
-    copied = copy.deepcopy(model)
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise StateError(
+            f"{type(model).__name__} cannot be copied: {error}",
+            help="does a module keep a tensor of a forward with gradients? run it under no_grad",
+        ) from error
     for norm in find_norms(copied):
         if norm.hold is not None:
             release(norm.module)

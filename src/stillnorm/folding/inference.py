@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from stillnorm.convolutions import Convolution, Geometry, convolve
 from stillnorm.folding.algebra import Affine, affine_of, cast, fold_after, fold_before, wide
-from stillnorm.folding.error import FoldError, fold_error
+from stillnorm.folding.error import FoldError, fold_error, measured_in
 from stillnorm.folding.pairs import find_candidates
 from stillnorm.folding.remainder import why_not_replace
 from stillnorm.holding.folding import is_convolutional
@@ -279,6 +279,7 @@ def _measure(
         seen.note(layer, norm.module, FoldError(nan, nan, nan, x.dtype))
         return
     geometry = call.geometry
+    x = x.to(measured_in(x.dtype))
     with torch.autocast(x.device.type, enabled=False):
         folded = convolve(x, w.to(x.dtype), None if b is None else b.to(x.dtype), geometry)
         if border is not None:
@@ -297,10 +298,12 @@ def _two_layers(
     geometry: Geometry | None,
     before: bool,
 ) -> Tensor:
+    given = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    if x.dtype == torch.float32:  # of what is in float64, too
+        given = tuple(None if t is None else t.float() for t in given)  # type: ignore[assignment]
+
     def normalize(z: Tensor) -> Tensor:
-        return F.batch_norm(
-            z, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
-        )
+        return F.batch_norm(z, *given, False, 0.0, norm.eps)
 
     bias = None if bias is None else bias.to(x.dtype)
     if before:

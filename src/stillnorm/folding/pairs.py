@@ -137,7 +137,8 @@ def _why_not_norm(norm: NormLayer, links: Links) -> str | None:
         if isinstance(source, str):
             return f"{source} stands before it, not a convolution"
         if not is_convolutional(source.module):
-            return f"a {type(source.module).__name__} stands before it, not a convolution"
+            kind = getattr(type(source.module), "held_base", type(source.module))
+            return f"a {kind.__name__} stands before it, not a convolution"
     return None
 
 

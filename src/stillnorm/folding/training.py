@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillnorm.convolutions import Convolution, convolve, convolve_normalized
-from stillnorm.folding.error import FoldError, fold_error
+from stillnorm.folding.error import FoldError, fold_error, measured_in
 from stillnorm.folding.pairs import Candidates, find_candidates
 from stillnorm.holding import remember
 from stillnorm.holding.folding import pair_up
@@ -71,8 +71,11 @@ def _error(call: Convolution, kernel: Kernel) -> FoldError | None:
     gamma, beta = given.get("weight"), given.get("bias")
     if call.x.is_meta or mean is None or kernel.used != "running":
         return None
-    x, weight, bias = call.tensors()
+    x, *others = (*call.tensors(), gamma, beta, mean, var)
     x = x[:_SAMPLES]
+    if (dtype := measured_in(x.dtype)) != x.dtype:
+        x, others = x.to(dtype), [_to(t, dtype) for t in others]
+    weight, bias, gamma, beta, mean, var = others
     with torch.autocast(x.device.type, enabled=False):
         plain = convolve(x, weight.to(x.dtype), _to(bias, x.dtype), call.geometry)
         unfolded = F.batch_norm(plain, mean, var, gamma, beta, False, 0.0, eps)
