@@ -212,7 +212,8 @@ class _Follow(TorchFunctionMode):
         if isinstance(source, Output):
             source.uses.append(use)
             if self._on_link is not None and source.call is not None:
-                self._on_link(source, use, call)
+                with torch._C.DisableTorchFunction():  # what it computes is none of the model's
+                    self._on_link(source, use, call)
             source.call = None
 
     def _note_uses(self, func: Any, given: list[Tensor], layer: nn.Module | None) -> None:
