@@ -32,7 +32,9 @@ class Moved:
 
     def __iter__(self) -> Iterator[object]:
         for batch in each_batch(self._batches):
-            yield tree_map(self._move, batch)
+            yield moved(batch, self._device)
 
-    def _move(self, leaf: object) -> object:
-        return leaf.to(self._device) if isinstance(leaf, Tensor) else leaf
+
+def moved(value: object, device: torch.device) -> object:
+    """Return a batch or an example with its tensors on the device."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)

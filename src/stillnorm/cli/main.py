@@ -11,6 +11,7 @@ from stillnorm.cli.demo import demo
 from stillnorm.cli.diff import diff
 from stillnorm.cli.explain import explain
 from stillnorm.cli.failures import report
+from stillnorm.cli.fold import fold
 from stillnorm.cli.inspect import inspect
 
 _NO_FREEZE = (
@@ -51,5 +52,5 @@ def main(traceback: bool) -> None:
     """BatchNorm that holds still: see what every norm layer does, and prove what is wrong."""
 
 
-for command in (inspect, check, explain, diff, demo):
+for command in (inspect, check, explain, diff, fold, demo):
     main.add_command(command)

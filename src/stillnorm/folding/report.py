@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from stillnorm.folding.error import FoldError
-from stillnorm.reports import Block, Document, Line, Table, text
-from stillnorm.reports.json import Jsonable, to_jsonable
+from stillnorm.reports import Block, Document, Line, Table, json, text
 from stillnorm.reports.numbers import count, short
 from stillnorm.reports.refusals import refusal_rows
 
@@ -35,16 +34,18 @@ class FoldReport:
 
     def document(self) -> Document:
         """Return the report as a document."""
-        blocks: list[Block] = [Line(f"output off by {short(self.max_error)} (relative)", indent=2)]
+        blocks: list[Block] = [
+            Line(f"output off by {short(self.max_error)} of its largest value on the example")
+        ]
         if self.refused:
             rows = refusal_rows(self.refused)
             blocks += [Line(""), Table(("not folded", "because"), rows, "ll")]
         head = f"{count(len(self.folded), 'norm')} folded, {len(self.refused)} not"
         return Document(head, tuple(blocks))
 
-    def to_json(self) -> Jsonable:
-        """Return the report as plain data, without the model."""
-        return to_jsonable(
+    def to_json(self) -> str:
+        """Return it as JSON, without the model."""
+        return json.dumps(
             {
                 "folded": self.folded,
                 "refused": self.refused,

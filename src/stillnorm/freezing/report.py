@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stillnorm.reports import Block, Document, Line, Table, text
-from stillnorm.reports.json import Jsonable, to_jsonable
+from stillnorm.reports import Block, Document, Line, Table, json, text
 from stillnorm.reports.numbers import count, size
 from stillnorm.reports.refusals import refusal_rows
 
@@ -45,8 +44,7 @@ class FreezeReport:
         blocks: list[Block] = [
             Line(
                 f"saved for backward on the example: {size(self.bytes_before)} before, "
-                f"{size(self.bytes_after)} now",
-                indent=2,
+                f"{size(self.bytes_after)} now"
             )
         ]
         for label, refusals in (("refused", self.refused), ("held, not folded", self.not_folded)):
@@ -56,9 +54,9 @@ class FreezeReport:
             head += f", {len(self.refused)} refused"
         return Document(head, tuple(blocks))
 
-    def to_json(self) -> Jsonable:
-        """Return the report as plain data."""
-        return to_jsonable(self)
+    def to_json(self) -> str:
+        """Return it as JSON."""
+        return json.dumps(self)
 
     def __str__(self) -> str:
         return text.write(self.document())
