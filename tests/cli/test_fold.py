@@ -37,7 +37,7 @@ def call(model, example):
 
 
 def listed():
-    return [[example()]]
+    return [example()]
 """
 
 

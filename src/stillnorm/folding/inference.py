@@ -199,14 +199,17 @@ def _fold_ahead(
             calls[output.module] = calls.get(output.module, 0) + 1
     for norm in norms:
         outputs = [output for output in found.outputs if output.module is norm.module]
-        users = [use.by for output in outputs for use in output.uses]
+        uses = [use for output in outputs for use in output.uses]
+        users = [use.by for use in uses]
         layers = {user for user in users if user is not None and is_convolutional(user)}
         if not layers:
             refused[norm] = None
             continue
         reason = None
-        if any(user not in layers for user in users) or any(o.is_kept for o in outputs):
-            reason = "the layer after it is not the only one to use its output"
+        if (other := next((use for use in uses if use.by not in layers), None)) is not None:
+            reason = f"{other.what} uses its output too"
+        elif any(output.is_kept for output in outputs):
+            reason = "its output is returned or stored"
         for layer in layers:
             if inputs[layer] != {norm.module} or calls[layer] != users.count(layer):
                 reason = reason or "the layer after it has other inputs too"

@@ -164,13 +164,8 @@ _PER_CALL = 1 << 17
 def _why_not_paying(outputs: list[Output]) -> str | None:
     """Return why a fold would be slower than the norm alone, or None."""
     for output in outputs:
-        elements = math.prod(output.shape)
-        needed = _PER_WEIGHT * output.weight_size + _PER_CALL
-        if elements < needed:
-            return (
-                f"does not pay: {elements:,} outputs, it takes {needed:,.0f} with a weight of "
-                f"{output.weight_size:,} (fold_when='always' folds it)"
-            )
+        if math.prod(output.shape) < _PER_WEIGHT * output.weight_size + _PER_CALL:
+            return "a map too small to pay for its weight (fold_when='always' folds it)"
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-_SHOWN = 3
+_SHOWN = 2
 
 
 def refusal_rows(refusals: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
