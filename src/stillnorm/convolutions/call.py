@@ -213,10 +213,15 @@ class Convolution:
             or (self.bias is not None and self.bias.requires_grad)
         )
 
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether no tensor was written since the call was asked for."""
+        bias = 0 if self.bias is None else self.bias._version
+        return self.versions == (self.x._version, self.weight._version, bias)
+
     def must_be_unchanged(self) -> None:
         """Raise when a tensor was written, or its memory freed, since the call was asked for."""
-        bias = 0 if self.bias is None else self.bias._version
-        if self.versions != (self.x._version, self.weight._version, bias):
+        if not self.is_unchanged:
             raise self._gone("changed in place")
         if not self.weight.untyped_storage().nbytes():
             raise self._gone("freed (sharded again)")

@@ -98,6 +98,11 @@ _outer_hooks: Any = getattr(
 )
 
 
+def are_saved_tensors_hooked() -> bool:
+    """Tell whether somebody watches what autograd saves: offloading, checkpointing, counting."""
+    return _outer_hooks(False) is not None
+
+
 class _Recipe:
     """How to compute W' again, in the place of W' among the saved tensors.
 
@@ -123,7 +128,9 @@ class _Recipe:
         outer = _outer_hooks(False) if torch.is_grad_enabled() else None
         if outer is None:
             y = convolve(x, w, b, geometry)
-            if (node := y.grad_fn) is not None:
+            node = y.grad_fn
+            # A linear layer keeps its weight for the gradient of its input alone.
+            if node is not None and (geometry is not None or x.requires_grad):
                 for name, transposed in _SAVED:
                     if hasattr(node, name):
                         self.transposed = transposed

@@ -102,6 +102,8 @@ class _Standing:
             if len(uses) > 1:
                 second = others[0] if others else uses[1]
                 return f"{second} uses the output of {path} too: it would be computed twice"
+            if output.is_stale:
+                return f"the input or weight of {path} is written before the norm"
             if output.is_kept:
                 return f"the output of {path} is returned or stored: it would be computed twice"
             norm = uses[0].by

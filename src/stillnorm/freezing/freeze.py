@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -134,7 +134,7 @@ def freeze(
             stacklevel=2,
         )
     example = None if fold_on is None else Example(fold_on, forward)
-    before = None if example is None else _bytes(model, example)
+    before = None if example is None else _bytes(model, todo, example)
     with _all_or_nothing() as put_back:
         for norm in todo:
             put_back.append(remember(norm.module))
@@ -144,7 +144,7 @@ def freeze(
         held = tuple(norm for norm in select(model, layers) if norm.hold is not None)
         found = find_foldable(model, held, example, only_where_it_pays=fold_when == "pays")
         fold_in_training(found, put_back)
-        after = _bytes(model, example)
+        after = _bytes(model, todo, example)
     return FreezeReport(
         _paths(todo),
         _paths(done),
@@ -158,9 +158,11 @@ def freeze(
     )
 
 
-def _bytes(model: nn.Module, example: Example) -> int:
-    """Count what a step on the example saves for backward."""
+def _bytes(model: nn.Module, norms: Iterable[NormLayer], example: Example) -> int:
+    """Count what a step on the example saves for backward, the norms in eval mode."""
     with looking(model), torch.enable_grad():
+        for norm in norms:
+            norm.module.training = False
         return saved_bytes(model, lambda: example.run(model))
 
 

@@ -21,8 +21,9 @@ class FreezeReport:
         refused: (path, reason) of the layers that were left alone.
         folded: Paths of the held layers that are computed in the convolution before them.
         not_folded: (path, reason) of the held layers that are not, where `fold_on` was given.
-        bytes_before: What autograd kept for backward in one forward on the example, as found.
-        bytes_after: The same as left. None of both without an example.
+        bytes_before: What autograd keeps for backward in one forward on the example with the
+            layers in eval mode; None without an example.
+        bytes_after: What it keeps now.
     """
 
     frozen: tuple[str, ...]

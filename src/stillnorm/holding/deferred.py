@@ -11,14 +11,16 @@ It has the convolution's own history: what takes it below `__torch_function__` (
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stillnorm.convolutions import Convolution, convolve, convolve_normalized
 from stillnorm.convolutions.algebra import gradients
+from stillnorm.convolutions.folded import are_saved_tensors_hooked
 from stillnorm.errors import StateError
 from stillnorm.norms.pair import Pair
 
@@ -52,6 +54,8 @@ class Deferred(Tensor):
     pair: Pair
     _node: Any
     _output: Tensor | None
+    _as_computed: int
+    _is_folded: bool
 
     @staticmethod
     def __new__(cls, call: Convolution, pair: Pair) -> Deferred:
@@ -60,6 +64,7 @@ class Deferred(Tensor):
             cls, call.shape, dtype=call.dtype, device=call.x.device
         )
         made.call, made.pair, made._node, made._output = call, pair, None, None
+        made._is_folded = False
         return made
 
     def __init__(self, call: Convolution, pair: Pair) -> None:
@@ -68,9 +73,27 @@ class Deferred(Tensor):
     def output(self) -> Tensor:
         """Return the convolution's true output, computed at the first call."""
         if self._output is None:
-            own = self.has_own_history
-            self._output = self.call() if own else _Value.apply(self)  # type: ignore[no-untyped-call]
+            with _unwatched():
+                if self.has_own_history:
+                    self._output = self.call()
+                else:
+                    with torch.inference_mode(False), torch.enable_grad():
+                        self._output = _Value.apply(self)  # type: ignore[no-untyped-call]
+            self._as_computed = self._output._version
         return self._output
+
+    @property
+    def may_fold(self) -> bool:
+        """Whether the norm may compute the convolution.
+
+        It may where nothing has asked for the output, which could have been written to; and where
+        it did before, so that a checkpoint computes the same again.
+        """
+        if not self.has_own_history:
+            return False
+        if self._output is None:
+            return True
+        return self._is_folded and self._output._version == self._as_computed
 
     @property
     def has_own_history(self) -> bool:
@@ -94,6 +117,8 @@ class Deferred(Tensor):
         if func in METADATA and not args[0].has_output:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in _OF_HISTORY:
+            _must_not_be_folded(func, args, kwargs)
         return func(*_settled(args), **_settled(kwargs))
 
     @classmethod
@@ -108,6 +133,38 @@ class Deferred(Tensor):
             )
         values = _values(args), _values(kwargs or {})
         return func(*values[0], **values[1])
+
+
+# What asks for the gradient at a tensor; where the norm has folded, none passes there.
+_OF_HISTORY = frozenset(
+    {
+        Tensor.register_hook,
+        Tensor.retain_grad,
+        torch.autograd.grad,
+        torch.autograd.backward,
+    }
+)
+
+
+def _must_not_be_folded(func: Any, args: Any, kwargs: Any) -> None:
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Deferred) and leaf._is_folded:
+            raise StateError(
+                f"{getattr(func, '__name__', func)} asks for the gradient at the output "
+                f"{leaf.call.shape} of a convolution that its norm has been computed in",
+                help="ask before the norm is called, or freeze that norm without fold_on=",
+            )
+
+
+def _unwatched() -> contextlib.AbstractContextManager[Any]:
+    """Keep hooks on saved tensors out.
+
+    The output is kept: a checkpoint that saw it computed would wait for it in vain when it computes
+    the rest again.
+    """
+    if not are_saved_tensors_hooked():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 def _settled(arguments: Any) -> Any:
@@ -185,4 +242,5 @@ def normalized(
     """Compute the convolution and the norm after it in one."""
     x, weight, bias = deferred.call.tensors()
     geometry = deferred.call.geometry
+    deferred._is_folded = True
     return convolve_normalized(x, weight, bias, gamma, beta, mean, var, eps, geometry)

@@ -238,9 +238,17 @@ def _rebased(kind: type, old: type, new: type) -> type[nn.Module]:
     """
     if kind is old:
         return new
+    made_from = vars(kind).get("rebased_from")
+    if (
+        made_from is not None
+        and new in made_from.__mro__
+        and vars(kind).keys() == (vars(made_from).keys() | {"rebased_from"})
+    ):
+        return cast(type[nn.Module], made_from)
     bases = tuple(
         _rebased(base, old, new) if issubclass(base, old) else base for base in kind.__bases__
     )
     name = kind.__name__.replace(old.__name__, new.__name__)
     own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    own["rebased_from"] = kind
     return cast(type[nn.Module], type(kind)(name, bases, own))

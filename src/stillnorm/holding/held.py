@@ -244,12 +244,12 @@ def may_fold(
 ) -> bool:
     """Tell whether the layer may compute the convolution that x stands for.
 
-    It is the one that x waits for, nothing else has asked for the output (it may have been written
-    to), no hook sees it, and `F.batch_norm` would accept shapes and dtypes.
+    It is the one that x waits for, no hook sees it, and `F.batch_norm` would accept shapes and
+    dtypes.
     """
     if x.pair is not layer.__dict__[HOLD].pair or sees_input(layer):
         return False
-    if x.has_output or not x.has_own_history:
+    if not x.may_fold:
         return False
     dtype, channels = x.call.dtype, x.call.shape[1]
     params = mean.dtype

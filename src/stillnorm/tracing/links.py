@@ -19,6 +19,7 @@ from torch.nn.modules import module as global_hooks
 from torch.overrides import TorchFunctionMode
 
 from stillnorm.convolutions import Convolution, convolution_of, is_convolution
+from stillnorm.holding.algebra import needs_plain_ops
 from stillnorm.holding.deferred import METADATA
 from stillnorm.holding.folding import is_convolutional
 from stillnorm.norms import NormLayer
@@ -61,6 +62,7 @@ class Output:
         call: The call it comes from, until its first use: calls keep their tensors alive.
         uses: Who uses it, in order.
         is_kept: Whether it is alive after the forward: in the model's output, or stored.
+        is_stale: Whether the convolution's input or weight was written before the first use.
     """
 
     module: nn.Module
@@ -70,6 +72,7 @@ class Output:
     call: LayerCall | None
     uses: list[Use] = field(default_factory=list)
     is_kept: bool = False
+    is_stale: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +161,8 @@ class _Follow(TorchFunctionMode):
             self._running.append(module)
             norm = self._norms.get(module)
             if norm is not None and norm.family == "frozen" and args:
-                self._take(module, args[0], Use(norm.kind, calling_site(), module), None)
+                with torch._C.DisableTorchFunction():  # what we compute is none of the model's
+                    self._take(module, args[0], Use(norm.kind, calling_site(), module), None)
 
     def _leave(self, module: nn.Module, *rest: Any) -> None:
         if self._running and self._running[-1] is module:
@@ -183,7 +187,7 @@ class _Follow(TorchFunctionMode):
         self, func: Any, args: Any, kwargs: Any, layer: nn.Module | None
     ) -> Output | None:
         """Return the output to be, when the call is the layer's own convolution or norm."""
-        if layer is None:
+        if layer is None or needs_plain_ops():
             return None
         if layer in self._norms:
             kernel = kernel_of(func, args, kwargs)
@@ -211,20 +215,27 @@ class _Follow(TorchFunctionMode):
             self.sources.setdefault(layer, []).append(source)
         if isinstance(source, Output):
             source.uses.append(use)
+            if isinstance(source.call, Convolution) and not source.call.is_unchanged:
+                source.is_stale, source.call = True, None
             if self._on_link is not None and source.call is not None:
-                with torch._C.DisableTorchFunction():  # what it computes is none of the model's
-                    self._on_link(source, use, call)
+                self._on_link(source, use, call)
             source.call = None
 
     def _note_uses(self, func: Any, given: list[Tensor], layer: nn.Module | None) -> None:
         for tensor in given:
             source = self._origin(tensor)
-            if isinstance(source, Output) and not _is_inside_frozen(source, layer):
+            if isinstance(source, Output) and not self._is_inside_frozen(source, layer):
                 source.uses.append(Use(_name(func), calling_site()))
                 source.call = None
             owner = self._parameters.get(id(tensor))
             if owner is not None and owner is not layer:
                 self.elsewhere.setdefault(owner, _name(func))
+
+    def _is_inside_frozen(self, source: Output, layer: nn.Module | None) -> bool:
+        """Tell whether a foreign frozen layer computes with what it has taken."""
+        norm = None if layer is None else self._norms.get(layer)
+        inside = norm is not None and norm.family == "frozen"
+        return inside and any(use.by is layer for use in source.uses)
 
     def _origin(self, x: object) -> Output | str | None:
         reference, origin = self._origins.get(id(x), (None, None))
@@ -256,11 +267,6 @@ class _Follow(TorchFunctionMode):
                 origin.is_kept = True
         sources = {layer: tuple(found) for layer, found in self.sources.items()}
         return Links(tuple(self.outputs), sources, self.elsewhere)
-
-
-def _is_inside_frozen(source: Output, layer: nn.Module | None) -> bool:
-    """Tell whether a foreign frozen layer computes with what it has taken."""
-    return layer is not None and any(use.by is layer for use in source.uses)
 
 
 def _name(func: Any) -> str:
