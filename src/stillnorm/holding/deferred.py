@@ -53,6 +53,7 @@ class Deferred(Tensor):
     call: Convolution
     pair: Pair
     _node: Any
+    _of: Any
     _output: Tensor | None
     _as_computed: int
     _is_folded: bool
@@ -64,46 +65,43 @@ class Deferred(Tensor):
             cls, call.shape, dtype=call.dtype, device=call.x.device
         )
         made.call, made.pair, made._node, made._output = call, pair, None, None
-        made._is_folded = False
+        made._of, made._is_folded = None, False
         return made
 
     def __init__(self, call: Convolution, pair: Pair) -> None:
         pass  # all is done in __new__, where the tensor is made
 
     def output(self) -> Tensor:
-        """Return the convolution's true output, computed at the first call."""
-        if self._output is None:
+        """Return the convolution's true output, computed at the first call.
+
+        Where a function of others has returned the stand-in as its own output (reentrant
+        checkpointing), or has written to it, the true output gets the history that this gave it.
+        """
+        node = self._history
+        if self._output is None or node is not self._of:
             with _unwatched():
-                if self.has_own_history:
-                    self._output = self.call()
-                else:
-                    with torch.inference_mode(False), torch.enable_grad():
-                        self._output = _Value.apply(self)  # type: ignore[no-untyped-call]
-            self._as_computed = self._output._version
+                self._output = self.call() if node is self._node else _with_history_of(self)
+            self._of, self._as_computed = node, self._output._version
         return self._output
+
+    @property
+    def _history(self) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn
 
     @property
     def may_fold(self) -> bool:
         """Whether the norm may compute the convolution.
 
-        It may where nothing has asked for the output, which could have been written to; and where
-        it did before, so that a checkpoint computes the same again.
+        It may where nothing has asked for the output, which could have been written to, and where
+        its gradient goes to the convolution; and where it did before, so that a checkpoint computes
+        the same again.
         """
-        if not self.has_own_history:
+        if self._history is not self._node:
             return False
         if self._output is None:
             return True
         return self._is_folded and self._output._version == self._as_computed
-
-    @property
-    def has_own_history(self) -> bool:
-        """Whether its gradient goes to the convolution, and not to a function that returned it.
-
-        Reentrant checkpointing runs the convolution without gradients and gives what comes out a
-        history that runs it again.
-        """
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.grad_fn is self._node
 
     @property
     def has_output(self) -> bool:
@@ -217,18 +215,27 @@ class _Defer(torch.autograd.Function):
         return None, None, *gradients(dz, x, weight.to(x.dtype), ctx.call.geometry, needed)
 
 
+def _with_history_of(deferred: Deferred) -> Tensor:
+    """Return the true output as the function that made the stand-in its own left it."""
+    output = deferred._output
+    with torch.inference_mode(False), torch.enable_grad():
+        values = (deferred.call() if output is None else output).detach()
+        made: Tensor = _Value.apply(deferred, values)  # type: ignore[no-untyped-call]
+    return made
+
+
 class _Value(torch.autograd.Function):
-    """The true output with the history that the stand-in was given by others."""
+    """Values with the history of a stand-in."""
 
     @staticmethod
-    def forward(ctx: Any, deferred: Deferred) -> Tensor:
-        """Compute the convolution."""
-        return deferred.call().detach()
+    def forward(ctx: Any, deferred: Deferred, values: Tensor) -> Tensor:
+        """Return the values."""
+        return values.detach()
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> Tensor:
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, None]:
         """Hand the gradient on."""
-        return dz
+        return dz, None
 
 
 def normalized(
