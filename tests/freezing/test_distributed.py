@@ -58,5 +58,12 @@ def test_fsdp2_keeps_frozen_what_is_frozen(ranks: Ranks) -> None:
         assert seen["shard first"]["refused"] == ()
 
 
+def test_folding_trains_as_without_it(ranks: Ranks) -> None:
+    for seen in (rank["folding"] for rank in ranks):
+        refused = seen.pop("refused")
+        assert "hook" in refused["1"]  # sharding hooks the convolution
+        assert all(difference < 1e-6 for difference in seen.values()), seen
+
+
 def test_a_held_sync_batch_norm_waits_for_nobody(ranks: Ranks) -> None:
     assert all(rank["sync_batch_norm"]["same"] for rank in ranks)

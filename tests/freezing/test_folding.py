@@ -284,6 +284,39 @@ def _checkpoint_around(m: Any, z: Tensor, x: Tensor) -> Tensor:
     return checkpoint(lambda x: m.norm(m.conv(x)), x, use_reentrant=False)  # type: ignore[no-any-return]
 
 
+def _reentrant_both(m: Any, z: Tensor, x: Tensor) -> Tensor:
+    z = checkpoint(m.conv, x, use_reentrant=True)
+    with torch.no_grad():
+        z.mean()
+    return checkpoint(m.norm, z, use_reentrant=True)  # type: ignore[no-any-return]
+
+
+def _checkpoint_of_another_use(m: Any, z: Tensor, x: Tensor) -> Tensor:
+    return m.norm(z) + checkpoint(torch.tanh, z, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def _checkpoint_then_looked_at(m: Any, z: Tensor, x: Tensor) -> Tensor:
+    y = checkpoint(m.norm, z, use_reentrant=False)
+    z.sum().item()
+    return y  # type: ignore[no-any-return]
+
+
+class _DoubleInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.mark_dirty(z)
+        return z.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return 2 * dy
+
+
+def _custom_function_in_place(m: Any, z: Tensor, x: Tensor) -> Tensor:
+    _DoubleInPlace.apply(z)
+    return m.norm(z)  # type: ignore[no-any-return]
+
+
 def _reentrant_around(m: Any, z: Tensor, x: Tensor) -> Tensor:
     return checkpoint(lambda x: m.norm(m.conv(x)), x, use_reentrant=True)  # type: ignore[no-any-return]
 
@@ -345,8 +378,68 @@ def test_an_input_written_before_the_norm_raises_and_never_gives_a_wrong_value()
     model = Variant(between)
     folded(model)
     model.on = True
-    with torch.no_grad(), pytest.raises(StateError, match="changed in place"):
+    with torch.no_grad(), pytest.raises(StateError, match="was changed"):
         model(x())
+
+
+def test_a_program_that_writes_the_input_before_the_norm_is_refused() -> None:
+    def between(m: Any, z: Tensor, x: Tensor) -> Tensor:
+        x.add_(1)
+        return m.norm(z)
+
+    model = Variant(between)
+    model.on = True
+    report = sn.freeze(model, fold_on=x(), fold_when="always")
+    assert "is written before the norm" in dict(report.not_folded)["norm"]
+
+
+@pytest.mark.parametrize("ask", [Tensor.retain_grad, lambda z: z.register_hook(print)])
+def test_who_asks_for_the_gradient_at_the_convolution_too_late_is_told(ask: Any) -> None:
+    """Before the norm it is obeyed; after it no gradient passes there any more."""
+    model = Variant(_skipped)
+    folded(model)
+    z = model.conv(x())
+    model.norm(z)
+    with pytest.raises(StateError, match="asks for the gradient at the output"):
+        ask(z)
+    z = model.conv(x())
+    z.retain_grad()
+    model.norm(z).sum().backward()
+    assert z.grad is not None
+
+
+@pytest.mark.parametrize("affine", AFFINE)
+def test_a_linear_layer_at_the_input(affine: Any) -> None:
+    """Autograd saves no weight where the input needs no gradient."""
+    model = layers.settle(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))).to(DTYPE)
+    plain = copy.deepcopy(model).eval()
+    example = torch.randn(5, 3, dtype=DTYPE)
+    folded(model, example, affine=affine)
+    for one in (model, plain):
+        one(example).square().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, plain[0].weight.grad, rtol=1e-9, atol=1e-11)
+
+
+def test_an_example_with_one_value_per_channel() -> None:
+    """A batch of one is a reason to freeze."""
+    model = layers.settle(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))).train()
+    assert sn.freeze(model, fold_on=torch.randn(1, 3), fold_when="always").folded == ("1",)
+
+
+def test_a_program_under_a_transform_is_left_alone() -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.vmap(lambda one: self.net(one.unsqueeze(0)))(x)  # type: ignore[no-any-return]
+
+    model = Inside()
+    expected = copy.deepcopy(model).eval()(x())
+    report = sn.freeze(model, fold_on=x(), fold_when="always")
+    assert report.folded == ()
+    torch.testing.assert_close(model(x()), expected, rtol=1e-9, atol=1e-11)
 
 
 def test_a_stand_in_that_leaves_the_model_is_a_tensor_like_any() -> None:

@@ -117,6 +117,63 @@ def fsdp2(rank: int) -> dict[str, Any]:
     return seen
 
 
+def folding(rank: int) -> dict[str, Any]:
+    """Norms computed in their convolutions, under DDP and FSDP2, beside the same without folding.
+
+    One unit around both, and units that part a convolution from its norm: its weight is gone by
+    then, and it convolves at once.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    def frozen(fold: bool) -> nn.Module:
+        net = layers.conv_net()
+        options = {"fold_on": layers.conv_input(), "fold_when": "always"} if fold else {}
+        sn.freeze(net, affine="trains", **options)  # type: ignore[arg-type]
+        return net
+
+    def shard_around(net: nn.Module) -> nn.Module:
+        fully_shard(net[3])
+        return fully_shard(net)
+
+    def shard_apart(net: nn.Module) -> nn.Module:
+        fully_shard(net[0])
+        fully_shard(net[3][1])
+        return fully_shard(net)
+
+    def shard_first(net: nn.Module) -> nn.Module:
+        sn.unfreeze(net)
+        fully_shard(net[0])
+        fully_shard(net)
+        seen["refused"] = dict(
+            sn.freeze(
+                net, affine="trains", fold_on=layers.conv_input(), fold_when="always"
+            ).not_folded
+        )
+        return net
+
+    def full(net: nn.Module) -> dict[str, Tensor]:
+        state = {n.replace("module.", ""): t.detach() for n, t in net.named_parameters()}
+        return {
+            k: t.full_tensor() if hasattr(t, "full_tensor") else t.clone() for k, t in state.items()
+        }
+
+    seen: dict[str, Any] = {}
+    plain = DistributedDataParallel(frozen(False))
+    _train(plain, rank)
+    expected = full(plain)
+    for name, wrap in (
+        ("ddp", DistributedDataParallel),
+        ("fsdp2 around", shard_around),
+        ("fsdp2 apart", shard_apart),
+        ("fsdp2 first", shard_first),
+    ):
+        net = wrap(frozen(True))
+        _train(net, rank)
+        found = full(net)
+        seen[name] = max(float((found[k] - expected[k]).abs().max()) for k in expected)
+    return seen
+
+
 def sync_batch_norm(rank: int) -> dict[str, Any]:
     """A held SyncBatchNorm talks to no other rank; conversion of a held layer undoes the hold."""
     layer = layers.make("sync")
@@ -133,4 +190,6 @@ def sync_batch_norm(rank: int) -> dict[str, Any]:
 
 def everything(rank: int) -> dict[str, Any]:
     """All of them in one pair of processes: starting them is what takes time."""
-    return {work.__name__: work(rank) for work in (ddp, ddp_refusals, fsdp2, sync_batch_norm)}
+    return {
+        work.__name__: work(rank) for work in (ddp, ddp_refusals, fsdp2, folding, sync_batch_norm)
+    }

@@ -215,23 +215,19 @@ class Convolution:
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether no tensor was written since the call was asked for."""
+        """Whether no tensor was written, or its memory freed, since the call was asked for."""
         bias = 0 if self.bias is None else self.bias._version
-        return self.versions == (self.x._version, self.weight._version, bias)
+        written = self.versions != (self.x._version, self.weight._version, bias)
+        return not written and bool(self.weight.untyped_storage().nbytes())
 
     def must_be_unchanged(self) -> None:
         """Raise when a tensor was written, or its memory freed, since the call was asked for."""
         if not self.is_unchanged:
-            raise self._gone("changed in place")
-        if not self.weight.untyped_storage().nbytes():
-            raise self._gone("freed (sharded again)")
-
-    def _gone(self, what: str) -> StateError:
-        return StateError(
-            f"input or weight {tuple(self.weight.shape)} of a convolution was {what} before its "
-            "output was used",
-            help="the norm after it is computed in it: freeze that norm without fold_on=",
-        )
+            raise StateError(
+                f"input or weight {tuple(self.weight.shape)} of a convolution was changed, or "
+                "sharded again, before its output was used",
+                help="the norm after it is computed in it: freeze that norm without fold_on=",
+            )
 
     def __call__(self) -> Tensor:
         """Make the call as it was asked for.

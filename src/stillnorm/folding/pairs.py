@@ -103,7 +103,7 @@ class _Standing:
                 second = others[0] if others else uses[1]
                 return f"{second} uses the output of {path} too: it would be computed twice"
             if output.is_stale:
-                return f"the input or weight of {path} is written before the norm"
+                return f"the input or weight of {path} is written before the norm, or sharded again"
             if output.is_kept:
                 return f"the output of {path} is returned or stored: it would be computed twice"
             norm = uses[0].by

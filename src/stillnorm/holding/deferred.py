@@ -117,7 +117,9 @@ class Deferred(Tensor):
                 return func(*args, **kwargs)
         if func in _OF_HISTORY:
             _must_not_be_folded(func, args, kwargs)
-        return func(*_settled(args), **_settled(kwargs))
+        result = func(*_settled(args), **_settled(kwargs))
+        in_place = args and isinstance(args[0], Deferred) and result is args[0]._output
+        return args[0] if in_place else result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -122,7 +122,17 @@ def looking(model: nn.Module) -> Iterator[None]:
     """
     _refuse_lazy(model)
     with preserved(model), no_updates(model), torch.no_grad(), _eager():
-        yield
+        try:
+            yield
+        finally:
+            _reshard(model)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Give back the weights that `fully_shard` gathers in forward and keeps for a backward."""
+    for module in model.modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]
 
 
 def train_by_input(model: nn.Module, norms: Collection[NormLayer]) -> tuple[NormLayer, ...]:
