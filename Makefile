@@ -25,6 +25,9 @@ tests: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/frozen_layer.py
+	$(BIN)/python benchmarks/folded_layer.py
+	$(BIN)/python benchmarks/folded_network.py --batches 8 --seconds 30 \
+	    --networks torchvision/resnet50 torchvision/mobilenet_v2
 
 format: $(READY)
 	$(BIN)/ruff check --fix

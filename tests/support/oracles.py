@@ -43,16 +43,14 @@ def ulp_distance(a: Tensor, b: Tensor) -> float:
 def saved_bytes(net: nn.Module, x: Tensor) -> int:
     """Bytes that autograd keeps for the backward, each storage once, parameters left out."""
     own = {p.untyped_storage().data_ptr() for p in (*net.parameters(), *net.buffers())}
-    storages: dict[int, int] = {}
-    alive: list[Tensor] = []
+    storages: dict[int, torch.UntypedStorage] = {}  # a tensor would hold the graph, and that us
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            alive.append(tensor)
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            storages[storage.data_ptr()] = storage
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         net(x)
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in storages.values())

@@ -20,23 +20,31 @@ def saved_bytes(model: nn.Module, call: Callable[[], object]) -> int:
     Cost:
         One forward; what it saves is alive until it ends.
     """
-    own = {_pointer(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}
+    own = {_pointer(_storage(tensor)) for tensor in (*model.parameters(), *model.buffers())}
+    # Storages and not tensors: a tensor that the hook holds would hold the graph, which holds the
+    # hook, and no garbage collector sees that circle.
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        pointer = _pointer(tensor)
-        if pointer is not None and pointer not in own:
-            kept[pointer] = tensor
-        return tensor
+        storage = _storage(tensor)
+        if storage is not None and storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor.detach()  # an output that its own graph saves would be another such circle
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = call()  # noqa: F841, its graph keeps the storages apart
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
-def _pointer(tensor: Tensor) -> int | None:
-    """Return where a tensor's memory begins; None where it has none (under torch.func, sharded)."""
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    """Return a tensor's memory; None where it has none (under torch.func, sharded)."""
     try:
-        return tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage()
+        storage.data_ptr()
     except (RuntimeError, NotImplementedError):
         return None
+    return storage
+
+
+def _pointer(storage: torch.UntypedStorage | None) -> int | None:
+    return None if storage is None else storage.data_ptr()
