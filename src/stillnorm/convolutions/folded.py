@@ -90,7 +90,7 @@ def _folded(weight: Tensor, s_w: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # How autograd names the weight that it saves: of a convolution, of a linear layer (transposed).
-_SAVED = (("_raw_saved_weight", False), ("_raw_saved_mat2", True))
+_SAVED = ("_raw_saved_weight", "_raw_saved_mat2")
 
 # Since torch 2.7; before, W' is kept where saved tensors are hooked.
 _outer_hooks: Any = getattr(
@@ -131,10 +131,10 @@ class _Recipe:
             node = y.grad_fn
             # A linear layer keeps its weight for the gradient of its input alone.
             if node is not None and (geometry is not None or x.requires_grad):
-                for name, transposed in _SAVED:
-                    if hasattr(node, name):
-                        self.transposed = transposed
-                        getattr(node, name).register_hooks(self._pack, _compute)
+                self.transposed = geometry is None
+                saved = getattr(node, _SAVED[self.transposed], None)
+                if saved is not None:  # other devices have other nodes: they keep W'
+                    saved.register_hooks(self._pack, _compute)
             return y
         pack, unpack = outer
         pointer = w.data_ptr()
@@ -163,6 +163,5 @@ def _compute(recipe: _Recipe) -> Tensor:
             f"computed in it is at version {recipe.weight._version}; "
             f"expected version {recipe.version} instead"
         )
-    with torch.no_grad():
-        w = _folded(recipe.weight, recipe.s_w, recipe.dtype)
-        return w.t() if recipe.transposed else w
+    w = _folded(recipe.weight.detach(), recipe.s_w, recipe.dtype)
+    return w.t() if recipe.transposed else w

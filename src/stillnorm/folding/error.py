@@ -70,4 +70,4 @@ def measured_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def _rms(tensor: Tensor) -> float:
-    return float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
+    return float(tensor.detach().square().mean().sqrt()) if tensor.numel() else 0.0
