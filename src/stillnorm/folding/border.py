@@ -46,9 +46,8 @@ def with_border(conv: nn.Module, ones_weight: Tensor, geometry: Geometry) -> nn.
     graph = fx.Graph()
     x = graph.placeholder("x")
     y = graph.call_module("conv", (x,))
-    sample = graph.call_method("narrow", (x, 0, 0, 1))
-    channel = graph.call_method("narrow", (sample, 1, 0, 1))
-    ones = graph.call_function(torch.ones_like, (channel,))
+    size_of = [graph.call_method("size", (x, i)) for i in range(2, 2 + rank)]
+    ones = graph.call_method("new_ones", (x, [1, 1, *size_of]))
     graph.output(graph.call_function(torch.add, (y, graph.call_module("border", (ones,)))))
     root = nn.ModuleDict({"conv": conv, "border": border})
     return fx.GraphModule(root, graph, class_name=f"Bordered{type(conv).__name__}").eval()

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from stillnorm.convolutions import Convolution, Geometry, convolve
 from stillnorm.folding.algebra import Affine, affine_of, cast, fold_after, fold_before, wide
@@ -210,7 +213,13 @@ def _fold_ahead(
             reason = f"{other.what} uses its output too"
         elif any(output.is_kept for output in outputs):
             reason = "its output is returned or stored"
+        if any(output.is_stale for output in outputs):
+            reason = reason or "its input is written before the layer after it"
+        if norm.family == "instance":
+            reason = reason or "an instance norm takes inputs without a batch, too"
         for layer in layers:
+            if plain_class(layer) is None:
+                reason = reason or f"{type(layer).__name__} has a forward of its own"
             if inputs[layer] != {norm.module} or calls[layer] != users.count(layer):
                 reason = reason or "the layer after it has other inputs too"
             error = seen.errors.get((layer, norm.module))
@@ -236,7 +245,13 @@ def _why_not_bake(layer: nn.Module, found: Links, seen: _Measured) -> str | None
     computed = any(o.module is layer and not o.uses_own for o in found.outputs)
     if computed and plain_class(layer) is None:
         return f"{type(layer).__name__} computes its weight in a forward of its own"
+    if computed and not all(isinstance(h, _BAKEABLE) for h in layer._forward_pre_hooks.values()):
+        return f"a hook on {type(layer).__name__} would be lost with its weight"
     return None
+
+
+# Hooks by which torch computes a weight from parameters alone.
+_BAKEABLE = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from stillnorm.convolutions import Convolution, convolve, convolve_normalized
 from stillnorm.folding.error import FoldError, fold_error, measured_in
@@ -38,8 +39,14 @@ class Example:
     forward: Forward | None
 
     def run(self, model: nn.Module) -> object:
-        """Run the model."""
-        return call_example(model, self.value, self.forward)
+        """Run the model, on a copy of the example: models write to what they are given."""
+        return call_example(model, tree_map(_copied, self.value), self.forward)
+
+
+def _copied(leaf: object) -> object:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
 
 def find_foldable(

@@ -94,9 +94,11 @@ def hooks_kept(model: nn.Module) -> Iterator[None]:
         if name.endswith(_HOOKS) and isinstance(hooks, dict)
     ]
     full = [(of_module, of_module.get(_FULL)) for of_module in attributes]
+    flags = [{k: v for k, v in d.items() if isinstance(v, bool)} for d in attributes]
     try:
         yield
     finally:
+        added = any(list(hooks) != list(before) for _, _, hooks, before in dictionaries)
         for of_module, name, hooks, before in dictionaries:
             of_module[name] = hooks
             if list(hooks.items()) != list(before.items()):
@@ -104,6 +106,15 @@ def hooks_kept(model: nn.Module) -> Iterator[None]:
                 hooks.update(before)
         for of_module, is_full in full:
             of_module[_FULL] = is_full
+        if added:
+            # Whoever adds hooks notes it (transformers, at its first forward): with them gone, the
+            # note would be wrong, and they would never come back.
+            for of_module, before_flags in zip(attributes, flags, strict=True):
+                for name in [k for k, v in of_module.items() if isinstance(v, bool)]:
+                    if name not in before_flags:
+                        del of_module[name]
+                    elif name != "training":
+                        of_module[name] = before_flags[name]
 
 
 @contextlib.contextmanager

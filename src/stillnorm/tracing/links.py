@@ -60,9 +60,10 @@ class Output:
         weight_size: The number of elements of a convolution's weight; of a norm 0.
         uses_own: Whether a convolution used the layer's weight and bias as they are.
         call: The call it comes from, until its first use: calls keep their tensors alive.
+        version: The version of a norm's input.
         uses: Who uses it, in order.
         is_kept: Whether it is alive after the forward: in the model's output, or stored.
-        is_stale: Whether the convolution's input or weight was written before the first use.
+        is_stale: Whether the input or weight that made it was written before the first use.
     """
 
     module: nn.Module
@@ -70,6 +71,7 @@ class Output:
     weight_size: int
     uses_own: bool
     call: LayerCall | None
+    version: int = 0
     uses: list[Use] = field(default_factory=list)
     is_kept: bool = False
     is_stale: bool = False
@@ -194,7 +196,8 @@ class _Follow(TorchFunctionMode):
             if kernel is None or kernel.arguments.get("running_mean") is None:
                 return None
             self._take(layer, kernel.input, Use(_name(func), calling_site(), layer), kernel)
-            output = Output(layer, tuple(kernel.input.shape), 0, True, kernel)
+            shape = tuple(kernel.input.shape)
+            output = Output(layer, shape, 0, True, kernel, _version(kernel.input))
         elif is_convolution(func):
             convolution = convolution_of(func, args, kwargs)
             if convolution is None:
@@ -215,7 +218,7 @@ class _Follow(TorchFunctionMode):
             self.sources.setdefault(layer, []).append(source)
         if isinstance(source, Output):
             source.uses.append(use)
-            if isinstance(source.call, Convolution) and not source.call.is_unchanged:
+            if source.call is not None and _is_written(source):
                 source.is_stale, source.call = True, None
             if self._on_link is not None and source.call is not None:
                 self._on_link(source, use, call)
@@ -267,6 +270,17 @@ class _Follow(TorchFunctionMode):
                 origin.is_kept = True
         sources = {layer: tuple(found) for layer, found in self.sources.items()}
         return Links(tuple(self.outputs), sources, self.elsewhere)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _is_written(output: Output) -> bool:
+    """Tell whether what an output was made from has been written since."""
+    if isinstance(output.call, Convolution):
+        return not output.call.is_unchanged
+    return output.call is not None and _version(output.call.input) != output.version
 
 
 def _name(func: Any) -> str:
