@@ -49,6 +49,7 @@ def fold(model: nn.Module, example: object, *, forward: Forward | None = None) -
         folded layer's in float64.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> report = fold(net, torch.randn(2, 3, 8, 8))
         >>> report.folded, report.model
