@@ -221,4 +221,5 @@ CONTENDERS = (
     Contender("stillnorm folded, always", _stillnorm(fold_when="always")),
     Contender("stillnorm held, affine learns", _stillnorm(affine="trains")),
     Contender("stillnorm folded, affine learns", _stillnorm(affine="trains", fold_when="pays")),
+    Contender("the same, always", _stillnorm(affine="trains", fold_when="always")),
 )
