@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 from torch.overrides import TorchFunctionMode
 
 from stillnorm.norms import NormalizesBy, NormLayer
@@ -26,6 +25,7 @@ from stillnorm.tracing.mark import Mark
 from stillnorm.tracing.measures import Measure, by_samples
 from stillnorm.tracing.samples import sample_moments
 from stillnorm.tracing.site import Site, calling_site
+from stillnorm.tracing.visits import visits
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,18 +99,8 @@ class Instrument(TorchFunctionMode):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Record while the block runs."""
-        enter = global_hooks.register_module_forward_pre_hook(self._enter)
-        leave = global_hooks.register_module_forward_hook(
-            self._leave, with_kwargs=True, always_call=True
-        )
-        try:
-            with self:
-                yield
-        finally:
-            enter.remove()
-            leave.remove()
-            # torch 2.13 leaves this entry behind, and torch.compile then warns of hooks for ever.
-            global_hooks._global_forward_hooks_with_kwargs.pop(leave.id, None)
+        with visits(self._enter, self._leave), self:
+            yield
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if (layer := self._layers.get(module)) is not None:

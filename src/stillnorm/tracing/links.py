@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 from torch.overrides import TorchFunctionMode
 
 from stillnorm.convolutions import Convolution, convolution_of, is_convolution
@@ -26,6 +25,7 @@ from stillnorm.norms import NormLayer
 from stillnorm.tracing.batches import tensors_in
 from stillnorm.tracing.kernels import Kernel, kernel_of
 from stillnorm.tracing.site import Site, calling_site
+from stillnorm.tracing.visits import visits
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,18 +145,8 @@ class _Follow(TorchFunctionMode):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Follow while the block runs."""
-        enter = global_hooks.register_module_forward_pre_hook(self._enter)
-        leave = global_hooks.register_module_forward_hook(
-            self._leave, with_kwargs=True, always_call=True
-        )
-        try:
-            with self:
-                yield
-        finally:
-            enter.remove()
-            leave.remove()
-            # torch 2.13 leaves this entry behind, and torch.compile then warns of hooks for ever.
-            global_hooks._global_forward_hooks_with_kwargs.pop(leave.id, None)
+        with visits(self._enter, self._leave), self:
+            yield
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if module in self._norms or is_convolutional(module):

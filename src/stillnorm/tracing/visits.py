@@ -1,0 +1,33 @@
+"""Hearing of every module that is called, wherever it stands: hooks on all modules at once.
+
+Hooks on the model itself would be missed where parts of it are compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as global_hooks
+
+
+@contextlib.contextmanager
+def visits(enter: Callable[[nn.Module, Any], None], leave: Callable[..., None]) -> Iterator[None]:
+    """Call `enter` before and `leave` after every module's forward while the block runs.
+
+    Args:
+        enter: Called with the module and its positional arguments.
+        leave: Called with the module, its positional arguments and, where the forward has not
+            raised, its keyword arguments, and what it returned.
+    """
+    entered = global_hooks.register_module_forward_pre_hook(enter)
+    left = global_hooks.register_module_forward_hook(leave, with_kwargs=True, always_call=True)
+    try:
+        yield
+    finally:
+        entered.remove()
+        left.remove()
+        # torch 2.13 leaves this entry behind, and torch.compile then warns of hooks for ever.
+        global_hooks._global_forward_hooks_with_kwargs.pop(left.id, None)
