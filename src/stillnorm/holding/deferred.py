@@ -52,11 +52,11 @@ class Deferred(Tensor):
 
     call: Convolution
     pair: Pair
-    _node: Any
-    _of: Any
+    _node: Any  # the history that it was made with; None without gradients
     _output: Tensor | None
-    _as_computed: int
-    _is_folded: bool
+    _of: Any  # the history that the output has
+    _as_computed: int  # the output's version when it was computed
+    _is_folded: bool  # whether its norm has computed it
 
     @staticmethod
     def __new__(cls, call: Convolution, pair: Pair) -> Deferred:
