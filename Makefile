@@ -27,7 +27,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/frozen_layer.py
 	$(BIN)/python benchmarks/folded_layer.py
 	$(BIN)/python benchmarks/folded_network.py --batches 8 --seconds 30 \
-	    --networks torchvision/resnet50 torchvision/mobilenet_v2
+	    --networks torchvision/resnet50 torchvision/mobilenet_v2 --plot plots
 
 format: $(READY)
 	$(BIN)/ruff check --fix
