@@ -447,6 +447,14 @@ def test_an_input_written_between_norm_and_convolution_is_refused() -> None:
     assert "is written before the layer after it" in dict(report.refused)["norm"]
 
 
+def test_a_model_that_does_not_run_in_float64_is_said_to_be_judged_in_parts() -> None:
+    model = Net(lambda m, x: m.norm(m.conv(x.float()))).float()
+    report = sn.fold(model, torch.randn(2, 3, 5, 5))
+    assert (report.folded, report.judged_whole) == (("norm",), False)
+    assert "not compared in float64" in str(report)
+    assert sn.fold(layers.conv_net(), layers.conv_input()).judged_whole
+
+
 def test_an_empty_batch() -> None:
     model = settled(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1))
     x = torch.randn(2, 3, 5, 5, dtype=DTYPE)

@@ -371,7 +371,10 @@ def test_reasons() -> None:
     assert "getitem stands before it" in _refused(always(_cat))["norm"]
     assert "does not reach it" in _refused(always(skipped))["norm"]
     three = layers.settle(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))).to(DTYPE)
-    assert "linear stands before it" in _refused(three, torch.randn(2, 3, 3, dtype=DTYPE))["1"]
+    assert (
+        "linear on an input (2, 3, 3) stands before it"
+        in _refused(three, torch.randn(2, 3, 3, dtype=DTYPE))["1"]
+    )
     assert "too small to pay" in _refused(net(), fold_when="pays")["1"]
     first = layers.settle(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))).to(DTYPE)
     assert "none that the model computes" in _refused(first)["0"]

@@ -22,10 +22,12 @@ from stillnorm.tracing.flow import looking
 _SAME = 1e-8  # of the largest value, in float64: far above its rounding, far below any mistake
 
 
-def wrong_folds(model: nn.Module, example: Example) -> dict[int, str]:
+def wrong_folds(model: nn.Module, example: Example) -> dict[int, str] | None:
     """Return the layers, by number, in which a fold would make the model another function.
 
-    Nothing is known of a model that does not run in float64.
+    Returns:
+        The reasons by number; None where nothing can be known, for the model does not run in
+        float64.
 
     Cost:
         Three forwards in float64; where something is wrong, three more for each fold.
@@ -36,7 +38,7 @@ def wrong_folds(model: nn.Module, example: Example) -> dict[int, str]:
         with looking(copied):
             double.run(copied)
     except Exception:
-        return {}
+        return None
 
     def is_same(barred: dict[int, str]) -> bool:
         try:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stillnorm.convolutions import Geometry, over_weight
+from stillnorm.convolutions import Geometry, convolve, over_weight
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,36 @@ def fold_before(
         constant = shifted.flatten(1).sum(1)
         return folded, constant if bias is None else bias + constant, None
     return folded, bias, shifted.movedim(0, 1) if geometry.transposed else shifted
+
+
+def two_layers(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Affine,
+    geometry: Geometry | None,
+    *,
+    before: bool,
+) -> Tensor:
+    """Compute a norm and a convolution one after the other, in float64.
+
+    Args:
+        x: The input of the two.
+        weight: The weight.
+        bias: The bias, or None.
+        norm: The norm.
+        geometry: The convolution's geometry; None for a linear layer.
+        before: Whether the norm comes first.
+    """
+
+    def normalize(z: Tensor) -> Tensor:
+        shape = (1, -1, *[1] * (z.dim() - 2))
+        return z * norm.scale.view(shape) + norm.shift.view(shape)
+
+    x, weight, bias = wide(x), wide(weight), None if bias is None else wide(bias)
+    if before:
+        return convolve(normalize(x), weight, bias, geometry)
+    return normalize(convolve(x, weight, bias, geometry))
 
 
 def _over_input(v: Tensor, weight: Tensor, geometry: Geometry | None) -> Tensor:

@@ -63,7 +63,8 @@ def fold(model: nn.Module, example: object, *, forward: Forward | None = None) -
     or by the sizes of layers are wrong.
     """
     given = Example(example, forward)
-    done = fold_copy(model, given, wrong_folds(model, given))
+    wrong = wrong_folds(model, given)
+    done = fold_copy(model, given, wrong or {})
     refused = {norm.path: why for norm, why in done.plan.refused.items()}
     for one, number in done.numbered:
         if number in done.barred:
@@ -79,5 +80,6 @@ def fold(model: nn.Module, example: object, *, forward: Forward | None = None) -
         folded=tuple(path for path in done.paths if path not in refused),
         refused=tuple((path, refused[path]) for path in done.paths if path in refused),
         max_error=error,
+        judged_whole=wrong is not None,
         errors={n.path: e for n, e in done.plan.errors.items() if n.path not in refused},
     )

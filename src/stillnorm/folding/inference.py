@@ -15,7 +15,15 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from stillnorm.convolutions import Convolution, Geometry, convolve
-from stillnorm.folding.algebra import Affine, affine_of, cast, fold_after, fold_before, wide
+from stillnorm.folding.algebra import (
+    Affine,
+    affine_of,
+    cast,
+    fold_after,
+    fold_before,
+    two_layers,
+    wide,
+)
 from stillnorm.folding.error import FoldError, fold_error, measured_in
 from stillnorm.folding.pairs import find_candidates
 from stillnorm.folding.remainder import why_not_replace
@@ -304,7 +312,7 @@ def _measure(
             ones = torch.ones_like(x[:1, :1])
             folded = folded + convolve(ones, border.to(x.dtype), None, _ungrouped(geometry))
         plain = _two_layers(x, weight.to(x.dtype), bias, norm, geometry, before)
-        exact = _two_layers_exactly(x, weight, bias, norm, geometry, before)
+        exact = two_layers(x, weight, bias, constants_of(norm), geometry, before=before)
     seen.note(layer, norm.module, fold_error(folded.cpu(), plain.cpu(), exact))
 
 
@@ -324,26 +332,6 @@ def _two_layers(
         return F.batch_norm(z, *given, False, 0.0, norm.eps)
 
     bias = None if bias is None else bias.to(x.dtype)
-    if before:
-        return convolve(normalize(x), weight, bias, geometry)
-    return normalize(convolve(x, weight, bias, geometry))
-
-
-def _two_layers_exactly(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: NormLayer,
-    geometry: Geometry | None,
-    before: bool,
-) -> Tensor:
-    affine = constants_of(norm)
-
-    def normalize(z: Tensor) -> Tensor:
-        shape = (1, -1, *[1] * (z.dim() - 2))
-        return z * affine.scale.view(shape) + affine.shift.view(shape)
-
-    x, weight, bias = wide(x), wide(weight), None if bias is None else wide(bias)
     if before:
         return convolve(normalize(x), weight, bias, geometry)
     return normalize(convolve(x, weight, bias, geometry))

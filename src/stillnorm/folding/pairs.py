@@ -137,7 +137,7 @@ def _why_not_norm(norm: NormLayer, links: Links) -> str | None:
         if source is None:
             return "its input is none that the model computes"
         if isinstance(source, str):
-            return f"{source} stands before it, not a convolution"
+            return f"{source} stands before it, not a convolution that folds"
         if not is_convolutional(source.module):
             kind = getattr(type(source.module), "held_base", type(source.module))
             return f"a {kind.__name__} stands before it, not a convolution"

@@ -24,6 +24,8 @@ class FoldReport:
         max_error: The largest difference between the outputs of the two models on the example,
             relative to the largest value.
         errors: By path of a folded norm, its rounding errors on its own input.
+        judged_whole: Whether the whole model was compared in float64, too; not where it does not
+            run in float64.
     """
 
     model: nn.Module
@@ -31,12 +33,15 @@ class FoldReport:
     refused: tuple[tuple[str, str], ...]
     max_error: float
     errors: Mapping[str, FoldError]
+    judged_whole: bool
 
     def document(self) -> Document:
         """Return the report as a document."""
         blocks: list[Block] = [
             Line(f"output off by {short(self.max_error)} of its largest value on the example")
         ]
+        if not self.judged_whole:
+            blocks.append(Line("not compared in float64: the model does not run in it"))
         if self.refused:
             rows = refusal_rows(self.refused)
             blocks += [Line(""), Table(("not folded", "because"), rows, "ll")]
@@ -51,6 +56,7 @@ class FoldReport:
                 "refused": self.refused,
                 "max_error": self.max_error,
                 "errors": dict(self.errors),
+                "judged_whole": self.judged_whole,
             }
         )
 

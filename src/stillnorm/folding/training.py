@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from stillnorm.convolutions import Convolution, convolve, convolve_normalized
+from stillnorm.folding.algebra import affine_of, two_layers
 from stillnorm.folding.error import FoldError, fold_error, measured_in
 from stillnorm.folding.pairs import Candidates, find_candidates
 from stillnorm.holding import remember
@@ -89,33 +90,9 @@ def _error(call: Convolution, kernel: Kernel) -> FoldError | None:
         plain = convolve(x, weight.to(x.dtype), _to(bias, x.dtype), call.geometry)
         unfolded = F.batch_norm(plain, mean, var, gamma, beta, False, 0.0, eps)
         folded = convolve_normalized(x, weight, bias, gamma, beta, mean, var, eps, call.geometry)
-        exact = _exact(x, weight, bias, gamma, beta, mean, var, eps, call)
+        norm = affine_of(mean, var, gamma, beta, eps)
+        exact = two_layers(x, weight, bias, norm, call.geometry, before=False)
     return fold_error(folded.cpu(), unfolded.cpu(), exact)
-
-
-def _exact(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    call: Convolution,
-) -> Tensor:
-    """Compute both layers in float64, on the CPU: not every device has it."""
-    z = convolve(_wide(x), _wide(weight), _wide(bias), call.geometry)
-    shape = (1, -1, *[1] * (z.dim() - 2))
-    s = (_wide(var) + eps).rsqrt()
-    y = (z - _wide(mean).view(shape)) * s.view(shape)
-    if gamma is not None:
-        y = y * _wide(gamma).view(shape)
-    return y if beta is None else y + _wide(beta).view(shape)
-
-
-def _wide(tensor: Tensor | None) -> Tensor:
-    return None if tensor is None else tensor.detach().to("cpu", torch.float64)  # type: ignore[return-value]
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -172,7 +172,7 @@ class _Follow(TorchFunctionMode):
         if output is None:
             self._note_uses(func, given, layer)
         result = func(*args, **kwargs)
-        self._note_origin(result, _name(func) if output is None else output)
+        self._note_origin(result, _described(func, given) if output is None else output)
         return result
 
     def _own_call(
@@ -271,6 +271,12 @@ def _is_written(output: Output) -> bool:
     if isinstance(output.call, Convolution):
         return not output.call.is_unchanged
     return output.call is not None and _version(output.call.input) != output.version
+
+
+def _described(func: Any, given: list[Tensor]) -> str:
+    """Name what made a tensor; of a convolution that cannot be followed with what it was given."""
+    on = f" on an input {tuple(given[0].shape)}" if is_convolution(func) and given else ""
+    return f"{_name(func)}{on}"
 
 
 def _name(func: Any) -> str:
