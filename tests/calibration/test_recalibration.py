@@ -250,7 +250,7 @@ def test_a_selector_that_matches_nothing_raises() -> None:
 def test_an_unknown_method_raises() -> None:
     with pytest.raises(CalibrationError, match="precise") as caught:
         recalibrate(conv_net(), batches(), method="precise")  # type: ignore[arg-type]
-    assert caught.value.help == 'method="pooled"'
+    assert caught.value.help == 'method="pooled" or method="sequential"'
 
 
 # ------------------------------------------------------------------ batches of every form

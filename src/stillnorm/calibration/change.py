@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stillnorm.calibration.moments import Statistics
-from stillnorm.calibration.pooled import Pool
+from stillnorm.calibration.pool import Pool
 from stillnorm.calibration.report import Recalibrated, mean_moved, var_ratio
 from stillnorm.errors import CalibrationError
 from stillnorm.norms import NormLayer
@@ -18,30 +18,33 @@ class Change:
     """What is to change in one layer.
 
     Args:
-        layer: The layer.
-        samples: The number of samples that it received.
-        count: The number of values behind the statistics.
+        pool: What the layer received.
         before: Its statistics by name, copied.
         after: The same with new values, in the dtype and on the device of the buffers.
     """
 
-    layer: NormLayer
-    samples: int
-    count: int
+    pool: Pool
     before: dict[str, Tensor]
     after: dict[str, Tensor]
 
+    @property
+    def layer(self) -> NormLayer:
+        """The layer."""
+        return self.pool.layer
+
     @classmethod
-    def of(cls, layer: NormLayer, pool: Pool, statistics: Statistics) -> Change:
+    def of(cls, pool: Pool, statistics: Statistics) -> Change:
         """Prepare the change of a layer to new statistics, from what it received.
 
         Raises:
             CalibrationError: The statistics do not fit the dtype of the buffers.
         """
+        layer = pool.layer
         new = {"running_mean": statistics.mean, "running_var": statistics.variance()}
-        if layer.family == "batch" and layer.num_batches_tracked is not None:
+        tracked = layer.num_batches_tracked
+        if layer.family == "batch" and tracked is not None:
             # torch's instance norm never counts.
-            new["num_batches_tracked"] = layer.num_batches_tracked + pool.calls
+            new["num_batches_tracked"] = tracked.new_tensor(pool.counted + pool.calls)
         before = {name: layer.tensors()[name].detach().clone() for name in new}
         after = {name: value.to(before[name]) for name, value in new.items()}
         for name, value in after.items():
@@ -51,7 +54,7 @@ class Change:
                     f"{str(value.dtype).removeprefix('torch.')}",
                     help="keep norm layers in float32; nothing was changed",
                 )
-        return cls(layer, pool.samples, statistics.count, before, after)
+        return cls(pool, before, after)
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return the tensors to write, each with its new value."""
@@ -62,15 +65,19 @@ class Change:
         mean = self.before["running_mean"], self.after["running_mean"]
         var = self.before["running_var"], self.after["running_var"]
         eps = self.layer.eps
+        errors = self.pool.standard_errors()
         return Recalibrated(
             path=self.layer.path,
             paths=self.layer.paths,
-            samples=self.samples,
-            count=self.count,
+            samples=self.pool.samples,
+            count=0 if self.pool.statistics is None else self.pool.statistics.count,
             mean_before=mean[0],
             mean_after=mean[1],
             var_before=var[0],
             var_after=var[1],
             mean_moved=mean_moved(*mean, var[1], eps),
             var_ratio=var_ratio(*var, eps),
+            mean_error=None if errors is None else errors[0],
+            var_error=None if errors is None else errors[1],
+            standard_error=self.pool.error(),
         )

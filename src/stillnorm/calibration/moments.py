@@ -42,8 +42,14 @@ class Statistics(Protocol):
     def variance(self) -> Tensor:
         """Return what `running_var` becomes, (C,), float64."""
 
+    def biased_variance(self) -> Tensor:
+        """Return the variance of the values themselves, (C,), float64."""
+
     def merge(self, other: Self) -> Self:
         """Return the statistics of both together."""
+
+    def parts(self) -> tuple[int, Tensor, Tensor]:
+        """Return what it is made of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +92,14 @@ class Moments:
         """Return the unbiased variance M / (n - 1), which torch keeps in `running_var`."""
         return self.m2 / (self.count - 1)
 
+    def biased_variance(self) -> Tensor:
+        """Return the variance of the values themselves, M / n."""
+        return self.m2 / self.count
+
+    def parts(self) -> tuple[int, Tensor, Tensor]:
+        """Return n, μ and M."""
+        return self.count, self.mean, self.m2
+
 
 @dataclass(frozen=True, eq=False)
 class Averages:
@@ -116,6 +130,14 @@ class Averages:
     def variance(self) -> Tensor:
         """Return the average variance."""
         return self.var
+
+    def biased_variance(self) -> Tensor:
+        """Return the average variance: each sample's is unbiased already."""
+        return self.var
+
+    def parts(self) -> tuple[int, Tensor, Tensor]:
+        """Return n, the mean and the variance."""
+        return self.count, self.mean, self.var
 
 
 def pool(mean: Tensor, var: Tensor, values: int) -> Moments:

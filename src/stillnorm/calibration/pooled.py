@@ -6,107 +6,98 @@ is in eval mode. What they receive is measured and kept here: no buffer of the m
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from stillnorm.calibration.moments import Statistics, average, pool
+from stillnorm.calibration.data import Data, Pools, pools_of, take
+from stillnorm.calibration.pool import Pool, vector_length
+from stillnorm.calibration.ranks import Ranks
 from stillnorm.errors import CalibrationError
 from stillnorm.norms import NormLayer
-from stillnorm.tracing import (
-    Forward,
-    Normalization,
-    by_kernel,
-    each_batch,
-    read,
-    running,
-    train_by_input,
-)
-
-
-@dataclass
-class Pool:
-    """What one layer has received.
-
-    Args:
-        statistics: The statistics of all of it; None before there are any values.
-        samples: The number of samples.
-        calls: The number of times that the layer was called.
-    """
-
-    statistics: Statistics | None = None
-    samples: int = 0
-    calls: int = 0
-
-    def estimate(self) -> Statistics | None:
-        """Return the statistics if there are values enough for a variance."""
-        ready = self.statistics is not None and self.statistics.has_variance
-        return self.statistics if ready else None
-
-    def add(self, received: Normalization, mean: Tensor, var: Tensor) -> None:
-        """Add one input, given the mean and biased variance of groups of its values, (G, C)."""
-        self.calls += 1
-        self.samples += received.samples
-        convention, least = (average, 2) if received.layer.family == "instance" else (pool, 1)
-        if received.values < least * len(mean) or not len(mean):
-            return  # instance norm has no variance for samples of one position
-        new = convention(mean, var, received.values)
-        self.statistics = new if self.statistics is None else self.statistics.merge(new)
+from stillnorm.tracing import by_kernel, running, train_by_input
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass over the batches has gathered.
+    """What passes over the batches have gathered, of all ranks together.
 
     Args:
-        pools: By layer; empty for a layer that was not reached.
+        pools: One for each layer; empty for one that was not reached.
         batches: The number of batches.
         samples: The number of samples in them, as the first norm of each forward counts them.
+        again: Layers that were given their own output again, directly or through others.
     """
 
-    pools: dict[NormLayer, Pool]
+    pools: list[Pool]
     batches: int
     samples: int
+    again: tuple[NormLayer, ...] = ()
 
 
-def pooled_pass(
-    model: nn.Module, layers: Collection[NormLayer], batches: object, forward: Forward | None
-) -> Pass:
+def pooled_pass(model: nn.Module, layers: Sequence[NormLayer], data: Data, ranks: Ranks) -> Pass:
     """Run the model over the batches once and gather what each of `layers` receives.
 
     Raises:
         CalibrationError: There is no batch, or a layer receives NaN or infinity.
         BatchError: A batch does not fit, or the forward raised.
     """
-    pools = {layer: Pool() for layer in layers}
-    pool_of = {layer.module: pool for layer, pool in pools.items()}
-    by_batch = train_by_input(model, layers)
-    samples = 0
-    with running(model, forward=forward, flow="batch", by_batch=by_batch, measure=by_kernel) as run:
-        for index, batch in enumerate(each_batch(batches)):
-            _, seen = run(batch)
-            samples += seen[0].samples if seen else 0
-            for received in seen:
-                if received.layer.module in pool_of:
-                    mean, var = read(received.moments)
-                    _refuse_non_finite(received.layer, index, mean, var)
-                    pool_of[received.layer.module].add(received, mean, var)
-    if run.batches == 0:
+
+    def work() -> Tensor:
+        pools = pools_of(layers)
+        batches, samples = 0, 0
+        by_batch = train_by_input(model, layers)
+        with running(
+            model, forward=data.forward, flow="batch", by_batch=by_batch, measure=by_kernel
+        ) as run:
+            for batch in data.each():
+                _, seen = run(batch)
+                take(pools, seen, batches)
+                batches += 1
+                samples += seen[0].samples if seen else 0
+                error = data.tell(batches, samples, 0, list(pools.values()))
+                if data.is_enough(batches, error, ranks.size):
+                    break
+        return pack(batches, samples, pools)
+
+    return unpack(layers, ranks.gathered(work, packed_length(layers)))
+
+
+def pack(batches: int, samples: int, pools: Pools) -> Tensor:
+    """Return what one rank has gathered as one vector."""
+    counts = torch.tensor([batches, samples], dtype=torch.float64)
+    return torch.cat((counts, *(pool.to_vector() for pool in pools.values())))
+
+
+def packed_length(layers: Sequence[NormLayer]) -> int:
+    """Return the length of that vector."""
+    return 2 + sum(map(vector_length, layers))
+
+
+def unpack(layers: Sequence[NormLayer], vectors: Sequence[Tensor]) -> Pass:
+    """Return what all ranks have gathered, merged in their order.
+
+    Raises:
+        CalibrationError: There was no batch on any rank.
+    """
+    lengths = [vector_length(layer) for layer in layers]
+    ranks = [
+        [
+            Pool.of_vector(*part)
+            for part in zip(layers, torch.split(vector[2:], lengths), strict=True)
+        ]
+        for vector in vectors
+    ]
+    pools = ranks[0]
+    for others in ranks[1:]:
+        for pool, other in zip(pools, others, strict=True):
+            pool.merge(other)
+    batches, samples = (int(sum(vector[i] for vector in vectors)) for i in (0, 1))
+    if batches == 0:
         raise CalibrationError(
             "there is no batch in batches=",
             help="an iterator can be read only once: give the DataLoader or the list itself",
         )
-    return Pass(pools, run.batches, samples)
-
-
-def _refuse_non_finite(layer: NormLayer, batch: int, mean: Tensor, var: Tensor) -> None:
-    """Raise when a channel of what the layer received has no finite mean and variance."""
-    broken = ~(mean.isfinite() & var.isfinite()).all(0)  # (C,)
-    if broken.any():
-        channels = broken.nonzero().flatten().tolist()
-        raise CalibrationError(
-            f"batch {batch}: {layer.path} receives NaN, infinity or values too large to square, "
-            f"in {len(channels)} of {len(broken)} channels, first channel {channels[0]}",
-            help="look at that batch, and at the layers before; nothing was changed",
-        )
+    return Pass(pools, batches, samples)

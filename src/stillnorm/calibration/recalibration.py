@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from stillnorm.calibration.change import Change
 from stillnorm.calibration.commit import write_all
+from stillnorm.calibration.data import Data
 from stillnorm.calibration.pooled import Pass, pooled_pass
-from stillnorm.calibration.report import RecalibrationReport
+from stillnorm.calibration.progress import OnProgress
+from stillnorm.calibration.ranks import Group, Ranks
+from stillnorm.calibration.report import Method, RecalibrationReport
+from stillnorm.calibration.sequential import sequential_pass
 from stillnorm.calibration.targets import find_targets
 from stillnorm.errors import CalibrationError
-from stillnorm.norms import Layers
-from stillnorm.tracing import Forward
+from stillnorm.norms import Layers, NormLayer
+from stillnorm.tracing import Forward, device_of
 
 
 def recalibrate(
@@ -22,7 +26,11 @@ def recalibrate(
     layers: Layers = None,
     *,
     forward: Forward | None = None,
-    method: Literal["pooled"] = "pooled",
+    method: Method = "pooled",
+    max_batches: int | None = None,
+    tolerance: float | None = None,
+    progress: OnProgress | None = None,
+    group: Group = None,
 ) -> RecalibrationReport:
     r"""Re-estimate the running statistics of norm layers on data, with all weights fixed.
 
@@ -39,12 +47,19 @@ def recalibrate(
               \sigma^2 = \frac{1}{n - 1} \sum_b \left( M_b + n_b (\mu_b - \mu)^2 \right)
 
     so that a smaller last batch counts for what it is and the spread between batches is in the
-    variance. Meanwhile the layers normalise by the batch as in training: the result depends on how
-    the samples are divided into batches, not on the order of the batches. Take the batch size
-    of training. A batch with one value per channel, at which torch raises in train mode, counts
-    too; the layer passes it on by the statistics it has.
+    variance. What it receives depends on the method:
 
-    A layer used at several places gets the moments of all of them together, which may fit none.
+    - "pooled": the layers normalise by the batch meanwhile, as in training. One pass. The result
+      depends on how the samples are divided into batches, not on the order of the batches: take the
+      batch size of training. A batch with one value per channel, at which torch raises in train
+      mode, counts too; the layer passes it on by the statistics it has.
+    - "sequential": every layer receives what the layers before it give in eval mode, with their new
+      statistics. That is the fixed point of eval: recalibrating again changes nothing. The result
+      does not depend on how the samples are divided.
+
+    A layer used at several places gets the moments of all of them together, which may fit none; it
+    is listed in `.shared`. Where it is given what comes of its own output, there is no fixed point:
+    "sequential" takes the pooled moments of such a layer as they come out first.
 
     Args:
         model: The model, in whatever mode.
@@ -55,14 +70,24 @@ def recalibrate(
             layer, by a `train()` of the model's own) are left alone unless selected by this. Those
             go on normalising by their running statistics during the pass.
         forward: ``(model, batch) -> output``, where the model cannot be called on a batch itself.
-        method: "pooled": one pass, as described.
+        method: "pooled" or "sequential", as described.
+        max_batches: Stop after so many.
+        tolerance: Stop as soon as the standard error of every layer's mean, in deviations, and of
+            its variance, relative to it, is at most this (root mean square over the channels), but
+            not before eight batches. The batches must come in random order.
+        progress: Called after every batch with a `Progress`; `print` will do.
+        group: In a distributed run, the processes that share the work, each with batches of its
+            own, as many as it has: all of them must call, and all get the same statistics. Default:
+            all processes of the default group, if there is one. "self": this process alone.
 
     Returns:
-        Per layer the statistics before and after; what was left alone and why; `undo()`.
+        Per layer the statistics before and after, with their standard errors; what was left alone
+        and why; `undo()`.
 
     Raises:
         CalibrationError: There is no batch; or a layer receives NaN or infinity, or statistics that
-            its dtype cannot hold.
+            its dtype cannot hold; or another rank failed; or, with "sequential", the model computes
+            something else each time.
         BatchError: A batch does not fit the model, or the forward raised.
         SelectorError: `layers` matches nothing.
         StateError: The model has lazy modules.
@@ -78,8 +103,11 @@ def recalibrate(
         found.
 
     Cost:
-        One forward without gradients per batch. Where a layer's own sums are exact (contiguous maps
-        on the CPU) nothing more; elsewhere about what its train-mode batch norm costs once more.
+        "pooled": one forward without gradients per batch, about what it costs in train mode.
+        "sequential": two more, in which every layer is run once; the batches and what is alive at
+        one point of their forwards are kept, as many as fit into half of the free memory. A batch
+        that does not fit is run again from the beginning for every layer. One collective of 64
+        bytes per channel; "sequential" one for each layer that waits for another.
 
     Example:
         >>> import torch
@@ -95,32 +123,43 @@ def recalibrate(
         Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3. fvcore's PreciseBN and
         `torch.optim.swa_utils.update_bn` are the same idea without the guarantees.
     """
-    if method != "pooled":
-        raise CalibrationError(f"there is no method {method!r}", help='method="pooled"')
+    passes = _PASSES.get(method)
+    if passes is None:
+        raise CalibrationError(
+            f"there is no method {method!r}", help='method="pooled" or method="sequential"'
+        )
+    data = Data(batches, forward, max_batches, tolerance, progress)
     targets = find_targets(model, layers)
     if targets.chosen:
-        gathered = pooled_pass(model, targets.chosen, batches, forward)
+        gathered = passes(model, targets.chosen, data, Ranks(group, device_of(model)))
     else:
-        gathered = Pass({}, batches=0, samples=0)
-    pools = gathered.pools.items()
+        gathered = Pass([], batches=0, samples=0)
     changes = [
-        Change.of(layer, pool, statistics)
-        for layer, pool in pools
+        Change.of(pool, statistics)
+        for pool in gathered.pools
         if (statistics := pool.estimate()) is not None
     ]
     refused = tuple(
-        (layer.path, "received at most one value per channel, which has no variance")
-        for layer, pool in pools
+        (pool.layer.path, "received at most one value per channel, which has no variance")
+        for pool in gathered.pools
         if pool.calls and pool.estimate() is None
     )
     report = RecalibrationReport(
         layers=tuple(change.reported() for change in changes),
-        unreached=tuple(layer.path for layer, pool in pools if not pool.calls),
+        unreached=tuple(pool.layer.path for pool in gathered.pools if not pool.calls),
         held=tuple(layer.path for layer in targets.held),
+        shared=tuple(pool.layer.path for pool in gathered.pools if pool.is_shared),
         refused=targets.refused + refused,
+        method=method,
         batches=gathered.batches,
         samples=gathered.samples,
         _before={change.layer.module: change.before for change in changes},
     )
     write_all([pair for change in changes for pair in change.pairs()])
     return report
+
+
+_PASSES: dict[str, Callable[[nn.Module, Sequence[NormLayer], Data, Ranks], Pass]] = {
+    "pooled": pooled_pass,
+    "sequential": sequential_pass,
+}

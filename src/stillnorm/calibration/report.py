@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -13,6 +14,8 @@ from stillnorm.errors import StateError
 from stillnorm.reports import Block, Document, Line, Table, text
 from stillnorm.reports.json import Jsonable, to_jsonable
 from stillnorm.reports.numbers import count, number
+
+Method = Literal["pooled", "sequential"]
 
 _SHOWN = 10
 
@@ -34,6 +37,11 @@ class Recalibrated:
         mean_moved: How far the mean moved, in deviations of what the layer receives: root mean
             square over the channels.
         var_ratio: The new variance over the old, eps included: geometric mean over the channels.
+        mean_error: The standard error of `mean_after`, (C,), float64; None where one batch alone
+            reached the layer.
+        var_error: The same of `var_after`.
+        standard_error: The larger of both, of the mean in deviations and of the variance relative
+            to it, each the root mean square over the channels.
     """
 
     path: str
@@ -46,6 +54,9 @@ class Recalibrated:
     var_after: Tensor
     mean_moved: float
     var_ratio: float
+    mean_error: Tensor | None
+    var_error: Tensor | None
+    standard_error: float | None
 
 
 def mean_moved(before: Tensor, after: Tensor, var: Tensor, eps: float) -> float:
@@ -67,7 +78,10 @@ class RecalibrationReport:
         layers: The layers with new statistics, in registration order.
         unreached: Paths of layers that no batch reached; they keep their statistics.
         held: Paths of held layers, left alone because they were not named.
+        shared: Paths of layers that were called more than once in a forward: one set of statistics
+            for all that they receive.
         refused: (path, reason) of layers that cannot be recalibrated.
+        method: "pooled" or "sequential".
         batches: The number of batches.
         samples: The number of samples in them.
     """
@@ -75,10 +89,19 @@ class RecalibrationReport:
     layers: tuple[Recalibrated, ...]
     unreached: tuple[str, ...]
     held: tuple[str, ...]
+    shared: tuple[str, ...]
     refused: tuple[tuple[str, str], ...]
+    method: Method
     batches: int
     samples: int
     _before: Mapping[nn.Module, Mapping[str, Tensor]] = field(repr=False)
+
+    @property
+    def standard_error(self) -> float | None:
+        """The largest standard error of any layer; None where one batch alone reached one."""
+        errors = [layer.standard_error for layer in self.layers]
+        known = [error for error in errors if error is not None]
+        return max(known, default=0.0) if len(known) == len(errors) else None
 
     def undo(self) -> None:
         """Put the statistics back, bit for bit: all of them, or none.

@@ -68,7 +68,8 @@ def _recalibrate(
     """Estimate the statistics of the layers; those that stillnorm holds are held again after."""
     held = {layer: _declared(layer) for layer in layers if layer.hold is not None}
     _release(model, held, undo)
-    report = recalibrate(model, iter(batches), [layer.module for layer in layers], forward=forward)
+    modules = [layer.module for layer in layers]
+    report = recalibrate(model, iter(batches), modules, forward=forward, group="self")
     undo.callback(report.undo)
     done = {layer.path for layer in report.layers}
     if left := [layer.path for layer in layers if layer.path not in done]:

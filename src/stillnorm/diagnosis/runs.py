@@ -135,7 +135,7 @@ def run_flows(
         if _can_recalibrate(model, in_eval):
             # Inputs that give no statistics (NaN, say) leave two numbers to report, not three.
             with suppress(CalibrationError):
-                report = recalibrate(model, iter(taken), forward=forward)
+                report = recalibrate(model, iter(taken), forward=forward, group="self")
                 after = {done.path: (done.mean_after, done.var_after) for done in report.layers}
                 traces["recalibrated"], recalibrated_score = run("eval")
     head = None

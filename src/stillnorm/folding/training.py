@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from stillnorm.convolutions import Convolution, convolve, convolve_normalized
 from stillnorm.folding.algebra import affine_of, two_layers
@@ -19,6 +18,7 @@ from stillnorm.holding.folding import pair_up
 from stillnorm.norms import NormLayer, find_norms
 from stillnorm.norms.hold import HOLD
 from stillnorm.norms.pair import Pair, pair_of
+from stillnorm.tracing.batches import copied
 from stillnorm.tracing.calling import Forward, call_example
 from stillnorm.tracing.flow import looking
 from stillnorm.tracing.kernels import Kernel
@@ -42,14 +42,8 @@ class Example:
     def run(self, model: nn.Module) -> object:
         """Run the model, on a copy of the example: models write to what they are given."""
         with torch._C.DisableTorchFunction():  # the model's calls are watched, these are ours
-            value = tree_map(_copied, self.value)
+            value = copied(self.value)
         return call_example(model, value, self.forward)
-
-
-def _copied(leaf: object) -> object:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
 
 def find_foldable(

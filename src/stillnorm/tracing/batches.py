@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, IterableDataset
 
 from stillnorm.errors import BatchError
@@ -91,6 +92,17 @@ def batch_size(batch: object) -> int:
     """
     tensor = first_tensor(batch)
     return len(tensor) if tensor.dim() else 1
+
+
+def copied(value: object) -> object:
+    """Return a batch with its tensors copied: models write to what they are given."""
+    return tree_map(_copied, value)
+
+
+def _copied(leaf: object) -> object:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parallel import DistributedDataParallel
 
 from stillnorm.errors import BatchError, StateError, StillnormError
 from stillnorm.norms import NormLayer, find_norms, probe_modes, walk
@@ -32,7 +33,15 @@ Flow = Literal["eval", "batch", "as_is"]
 
 
 class Run:
-    """A model under instruments; call it once per batch."""
+    """A model under instruments; call it once per batch.
+
+    Args:
+        model: The model.
+        norms: The norms to watch.
+        by_batch: Those of them that are in train mode for the sake of batch statistics.
+        forward: How to call the model; see `call`.
+        measure: How to measure what is normalised.
+    """
 
     def __init__(
         self,
@@ -44,6 +53,7 @@ class Run:
     ) -> None:
         self.norms = norms
         self.batches = 0
+        self.seen: list[Normalization] = []
         self._model = model
         self._by_batch = by_batch
         self._forward = forward
@@ -59,6 +69,7 @@ class Run:
             BatchError: The batch does not fit, or the forward raised. Names batch and layer.
         """
         instrument = Instrument(self.norms, self._by_batch, self._measure)
+        self.seen = instrument.seen
         try:
             with instrument.watching():
                 output = call(self._model, batch, self._forward)
@@ -107,10 +118,26 @@ def running(
     with looking(model):
         if flow != "as_is":
             model.eval()
-        for layer in by_batch:
-            # The attribute, not train(): overrides of train() would set other modules' modes.
-            layer.module.training = True
-        yield Run(model, norms, by_batch, forward, measure)
+        with training_by_input(by_batch):
+            yield Run(model, norms, by_batch, forward, measure)
+
+
+@contextlib.contextmanager
+def training_by_input(layers: Collection[NormLayer]) -> Iterator[None]:
+    """Set the layers to normalise by their input, as in train mode.
+
+    The attribute, not `train()`: overrides of that would set other modules' modes. A SyncBatchNorm
+    in train mode would wait for the other ranks; the instrument lets it normalise by its own batch.
+    """
+    modules = [layer.module for layer in layers if not isinstance(layer.module, nn.SyncBatchNorm)]
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = True
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
 
 
 @contextlib.contextmanager
@@ -121,11 +148,25 @@ def looking(model: nn.Module) -> Iterator[None]:
         StateError: The model has lazy modules, which a first forward would change.
     """
     _refuse_lazy(model)
-    with preserved(model), no_updates(model), torch.no_grad(), _eager():
+    with preserved(model), no_updates(model), torch.no_grad(), _eager(), _alone(model):
         try:
             yield
         finally:
             _reshard(model)
+
+
+@contextlib.contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """Let data-parallel wrappers run on this rank alone: they send buffers before a forward."""
+    wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+    before = [wrapper.require_forward_param_sync for wrapper in wrappers]
+    try:
+        for wrapper in wrappers:
+            wrapper.require_forward_param_sync = False
+        yield
+    finally:
+        for wrapper, sync in zip(wrappers, before, strict=True):
+            wrapper.require_forward_param_sync = sync
 
 
 def _reshard(model: nn.Module) -> None:

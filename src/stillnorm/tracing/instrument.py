@@ -115,9 +115,10 @@ class Instrument(TorchFunctionMode):
         elif not visit.normalized:  # a foreign frozen layer, or a formula of the user's own
             kwargs, output = rest
             used = visit.layer.normalizes_by(module.training)
-            for x in tensors_in((args, kwargs)):
-                self._record(visit, x, used, sample_moments(x), output)
-                return
+            with torch._C.DisableTorchFunction():  # what we compute is none of the model's
+                for x in tensors_in((args, kwargs)):
+                    self._record(visit, x, used, sample_moments(x), output)
+                    return
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -135,15 +136,11 @@ class Instrument(TorchFunctionMode):
 
     def _chosen(self, kernel: Kernel, layer: NormLayer) -> Kernel:
         """Return the call to make in place of `kernel`: one that updates nothing."""
-        if kernel.used == "running":
+        by_batch = layer.module in self._by_batch
+        if kernel.used == "running" and not (by_batch and _syncs(layer) and kernel.values > 1):
             return kernel
         mean, var = layer.running_mean, layer.running_var
-        if (
-            kernel.values < 2
-            and layer.module in self._by_batch
-            and mean is not None
-            and var is not None
-        ):
+        if kernel.values < 2 and by_batch and mean is not None and var is not None:
             return kernel.by_running(*_usable(mean, var))
         return kernel.by_input()
 
@@ -155,6 +152,11 @@ class Instrument(TorchFunctionMode):
         self.seen.append(
             Normalization(visit.layer, visit.site, shape, x.dtype, used, moments, mark)
         )
+
+
+def _syncs(layer: NormLayer) -> bool:
+    """Tell whether the layer would wait for other ranks in train mode, where it is not put."""
+    return isinstance(layer.module, nn.SyncBatchNorm)
 
 
 def _usable(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,103 @@
+"""What a recalibration reads, how much of it, and to whom it tells how far it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from torch import nn
+
+from stillnorm.calibration.pool import Pool, worst_error
+from stillnorm.calibration.progress import OnProgress, Progress
+from stillnorm.errors import CalibrationError
+from stillnorm.norms import NormLayer
+from stillnorm.tracing import Forward, Normalization, each_batch, read
+
+# Before that many batches a standard error is too uncertain itself to stop at.
+LEAST_BATCHES = 8
+
+Pools = dict[nn.Module, Pool]
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What is read, and how it is run.
+
+    Args:
+        batches: As in `recalibrate`.
+        forward: As in `recalibrate`.
+        max_batches: The number of batches after which to stop; None for no limit.
+        tolerance: The error at which to stop; None for no such limit.
+        on_progress: Called after every batch.
+    """
+
+    batches: object
+    forward: Forward | None = None
+    max_batches: int | None = None
+    tolerance: float | None = None
+    on_progress: OnProgress | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_batches is not None and self.max_batches < 1:
+            raise CalibrationError(
+                f"max_batches={self.max_batches}: there is nothing to estimate from",
+                help="None takes all batches",
+            )
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise CalibrationError(
+                f"tolerance={self.tolerance}: no number of batches gives that",
+                help="0.01 is one percent of a deviation; None takes all batches",
+            )
+
+    def each(self) -> Iterator[object]:
+        """Yield the batches, and read no further than it is allowed."""
+        return islice(each_batch(self.batches), self.max_batches)
+
+    def is_enough(self, batches: int, error: float | None, ranks: int) -> bool:
+        """Tell whether to stop after so many batches, given the largest standard error.
+
+        Each of several ranks stops for itself; the error of all together is smaller by the root of
+        their number.
+        """
+        if self.tolerance is None or error is None or batches < LEAST_BATCHES:
+            return False
+        return error <= self.tolerance * math.sqrt(ranks)
+
+    def tell(self, batches: int, samples: int, settled: int, pools: Sequence[Pool]) -> float | None:
+        """Return the largest standard error, if anyone wants to know it, and report progress."""
+        if self.tolerance is None and self.on_progress is None:
+            return None
+        error = worst_error(pools)
+        if self.on_progress is not None:
+            self.on_progress(Progress(batches, samples, settled, len(pools), error))
+        return error
+
+
+def pools_of(layers: Sequence[NormLayer]) -> Pools:
+    """Return empty pools."""
+    return {layer.module: Pool(layer) for layer in layers}
+
+
+def take(pools: Pools, seen: Sequence[Normalization], batch: int) -> None:
+    """Add what the layers received in one batch.
+
+    Raises:
+        CalibrationError: A layer received NaN or infinity.
+    """
+    for received in seen:
+        if (pool := pools.get(received.layer.module)) is not None:
+            mean, var = read(received.moments)
+            broken = ~(mean.isfinite() & var.isfinite()).all(0)  # (C,)
+            if broken.any():
+                channels = broken.nonzero().flatten().tolist()
+                raise CalibrationError(
+                    f"batch {batch}: {received.layer.path} receives NaN, infinity or values too "
+                    f"large to square, in {len(channels)} of {len(broken)} channels, first channel "
+                    f"{channels[0]}",
+                    help="look at that batch, and at the layers before; nothing was changed",
+                )
+            pool.add(received, mean, var)
+    for pool in pools.values():
+        pool.end_batch()
