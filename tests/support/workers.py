@@ -5,9 +5,12 @@ They live here because a spawned process must find them by name.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -193,3 +196,88 @@ def everything(rank: int) -> dict[str, Any]:
     return {
         work.__name__: work(rank) for work in (ddp, ddp_refusals, fsdp2, folding, sync_batch_norm)
     }
+
+
+# What each rank of two, and of three, has; by rank, the indices of the batches.
+SHARDS = {2: ((0, 1, 2, 3), (4,)), 3: ((0, 2, 4), (), (1, 3))}
+
+
+def ragged_batches() -> list[Tensor]:
+    """Five batches of different sizes and levels."""
+    return [layers.conv_input(n, seed=n) * n + n for n in (7, 2, 5, 3, 6)]
+
+
+def _outcome(call: Any) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def recalibrating(rank: int) -> dict[str, Any]:
+    """Each rank its shard: uneven ones, an empty one, one that fails, wrapped models."""
+    size = dist.get_world_size()
+    everything = ragged_batches()
+    mine = [everything[i] for i in SHARDS[size][rank]]
+    seen: dict[str, Any] = {}
+    for method in ("pooled", "sequential"):
+        net, wrapped = layers.conv_net(), DistributedDataParallel(layers.conv_net())
+        with counted_collectives() as calls:
+            report = sn.recalibrate(net, mine, method=method)  # type: ignore[arg-type]
+        sn.recalibrate(wrapped, mine, method=method)  # type: ignore[arg-type]
+        errors = [layer.standard_error for layer in report.layers]
+        seen[method] = {
+            "state": tensors(net),
+            "wrapped": tensors(wrapped),
+            "report": (report.batches, report.samples, [layer.count for layer in report.layers]),
+            "errors": errors,
+            "collectives": len(calls),
+        }
+        bad = [x.clone() for x in mine]
+        if rank == 0:
+            bad[1][0, 0, 0, 0] = float("nan")
+        before = {k: bits(t) for k, t in tensors(net).items()}
+        seen[method]["failed"] = _outcome(lambda: sn.recalibrate(net, bad, method=method))  # noqa: B023
+        seen[method]["untouched"] = before == {k: bits(t) for k, t in tensors(net).items()}
+    net = layers.conv_net()
+    seen["nothing"] = _outcome(lambda: sn.recalibrate(net, []))
+    wrapped = DistributedDataParallel(net)
+    if rank == 0:  # the others do not take part: waiting for them would hang
+        alone = layers.conv_net()
+        sn.recalibrate(alone, everything, group="self")
+        seen["alone"] = tensors(alone)
+        seen["checked"] = len(sn.inspect(wrapped, everything[0]).layers)
+        sn.check(wrapped, everything)
+    group = dist.new_group([0, size - 1])
+    if rank in (0, size - 1):
+        part = layers.conv_net()
+        sn.recalibrate(part, everything[:2] if rank == 0 else everything[2:], group=group)
+        seen["part"] = tensors(part)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(layers.conv_net())
+    sn.recalibrate(synced, mine)
+    seen["synced"] = tensors(synced)
+    return seen
+
+
+@contextlib.contextmanager
+def counted_collectives() -> Iterator[list[None]]:
+    """Count the collective calls that are made inside the block."""
+    calls: list[None] = []
+    names = ("all_gather", "all_reduce", "broadcast", "barrier", "all_gather_object")
+    real = {name: getattr(dist, name) for name in names}
+
+    def counting(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(None)
+            return real[name](*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(dist, name, counting(name))
+    try:
+        yield calls
+    finally:
+        for name in names:
+            setattr(dist, name, real[name])
