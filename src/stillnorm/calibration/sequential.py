@@ -28,13 +28,11 @@ from stillnorm.errors import CalibrationError
 from stillnorm.norms import NormLayer, write
 from stillnorm.tracing import (
     Diverged,
-    Measure,
     Normalization,
     Replay,
     Run,
     Tape,
     by_kernel,
-    by_samples,
     call,
     copied,
     device_of,
@@ -129,7 +127,7 @@ class _Stages:
             with training_by_input(by_batch):
                 for index, value in enumerate(self.data.each()):
                     batch = _Batch(index, value, Tape(copied(value)))
-                    seen, replay = self.forward(batch, self.layers, by_batch, by_kernel)
+                    seen, replay = self.forward(batch, self.layers, by_batch)
                     batch.calls = replay.calls
                     for i, layer in enumerate(self.layers):
                         depends[i] |= replay.depends[layer.module]
@@ -168,7 +166,7 @@ class _Stages:
             pools = pools_of(layers)
             for batch in self.batches:
                 if any(layer.module in batch.calls for layer in layers):
-                    seen, _ = self.forward(batch, layers, (), by_samples)
+                    seen, _ = self.forward(batch, layers, ())
                     take(pools, seen, batch.index)
                     self.tell(pools)
             return pack(len(self.batches), self.samples, pools)
@@ -198,7 +196,6 @@ class _Stages:
         batch: _Batch,
         layers: Sequence[NormLayer],
         by_batch: Sequence[NormLayer],
-        measure: Measure,
     ) -> tuple[list[Normalization], Replay]:
         """Run one batch until the layers have been measured; go on where its tape ends."""
         unsettled = {module: bit for module, bit in self.bit.items() if not bit & self.settled}
@@ -212,7 +209,7 @@ class _Stages:
                 with replay.running():
                     call(model, value, self.data.forward)
 
-            run = Run(self.model, layers, by_batch, forward, measure)
+            run = Run(self.model, layers, by_batch, forward, by_kernel)
             run.batches = batch.index
             _, seen = run(copied(batch.value) if tape is None else tape.batch)
             return seen, replay

@@ -136,8 +136,12 @@ def _check_device(
     model: nn.Module, batch: object, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Raise when the whole model is on one device and an input on another: nothing is moved."""
+    inputs = list(tensors_in((args, kwargs)))
+    first = next(model.parameters(), None)
+    if first is not None and all(tensor.device == first.device for tensor in inputs):
+        return
     homes = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    away = next((t for t in tensors_in((args, kwargs)) if t.device not in homes), None)
+    away = next((tensor for tensor in inputs if tensor.device not in homes), None)
     if len(homes) != 1 or away is None:
         return
     (home,) = homes

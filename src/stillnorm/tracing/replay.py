@@ -97,12 +97,13 @@ class Tape:
 
     def nbytes(self) -> int:
         """Return the number of bytes kept, the batch included."""
-        kept = (entry.result for entry in self.entries if entry is not None)
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in tensors_in((self.batch, list(kept)))
-        }
-        return sum(storages.values())
+        results = [
+            entry.result
+            for entry in self.entries
+            if entry is not None and isinstance(entry.result, Tensor | list | tuple | dict)
+        ]
+        storages = [t.untyped_storage() for t in tensors_in((self.batch, results))]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 class Replay(TorchFunctionMode):
@@ -187,7 +188,7 @@ class Replay(TorchFunctionMode):
                 if not made and result is not None and func not in _LAYOUT:
                     self._all |= bits
             else:
-                entry = _Entry(func, tree_map(_weak_or_hollow, result))
+                entry = _Entry(func, _each(_weak_or_hollow, result))
             self._mark(made, given, bits)
         if index < len(tape.entries):
             tape.entries[index] = entry
@@ -198,10 +199,8 @@ class Replay(TorchFunctionMode):
     def _known(self, entry: _Entry) -> Any:
         """Return the result; from here on it lives as long as the forward needs it."""
         with torch._C.DisableTorchFunction():
-            result = tree_map(
-                lambda leaf: leaf.filled() if isinstance(leaf, _Hollow) else leaf, entry.result
-            )
-            entry.result = tree_map(_weak_or_hollow, entry.result)
+            result = _each(_filled, entry.result)
+            entry.result = _each(_weak_or_hollow, entry.result)
         return result
 
     @staticmethod
@@ -237,7 +236,7 @@ class Replay(TorchFunctionMode):
                 tape.is_broken = True
             for entry in tape.entries:
                 if entry is not None:
-                    entry.result = tree_map(_settled, entry.result)
+                    entry.result = _each(_settled, entry.result)
             tape.kept.clear()
 
 
@@ -247,6 +246,17 @@ class _Weak:
 
     tensor: weakref.ref[Tensor]
     otherwise: _Hollow
+
+
+def _each(change: Callable[[Any], Any], result: Any) -> Any:
+    """Change every leaf of a result; most results are one tensor."""
+    if isinstance(result, Tensor | _Hollow | _Weak):
+        return change(result)
+    return tree_map(change, result) if isinstance(result, list | tuple | dict) else result
+
+
+def _filled(leaf: Any) -> Any:
+    return leaf.filled() if isinstance(leaf, _Hollow) else leaf
 
 
 def _weak_or_hollow(leaf: Any) -> Any:
