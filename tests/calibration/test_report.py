@@ -55,7 +55,7 @@ def test_the_text_says_what_was_done_and_what_was_not() -> None:
     net = settle(Net())
     sn.freeze(net, "body.6")
     text = str(recalibrate(net, iter([conv_input(), conv_input(3)])))
-    assert text.startswith("2 layers recalibrated on 2 batches, 7 samples\n")
+    assert text.startswith("2 layers recalibrated on 2 batches, 7 samples (pooled)\n")
     assert "body.1" in text
     assert "not reached: lost" in text
     assert "held, left alone: body.6" in text
@@ -81,7 +81,7 @@ def test_repaired_nan_ranks_first() -> None:
 
 def test_json_is_data() -> None:
     report = recalibrate(conv_net(), conv_input())
-    data = json.loads(json.dumps(report.to_json()))
+    data = json.loads(report.to_json())
     assert data["batches"] == 1
     assert data["layers"][0]["path"] == "1"
     assert len(data["layers"][0]["mean_after"]) == 4

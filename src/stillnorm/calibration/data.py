@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -65,14 +65,15 @@ class Data:
             return False
         return error <= self.tolerance * math.sqrt(ranks)
 
-    def tell(self, batches: int, samples: int, settled: int, pools: Sequence[Pool]) -> float | None:
-        """Return the largest standard error, if anyone wants to know it, and report progress."""
-        if self.tolerance is None and self.on_progress is None:
-            return None
-        error = worst_error(pools)
+    def error(self, pools: Iterable[Pool]) -> float | None:
+        """Return the largest standard error, if anyone wants to know it."""
+        wanted = self.tolerance is not None or self.on_progress is not None
+        return worst_error(pools) if wanted else None
+
+    def tell(self, progress: Progress) -> None:
+        """Report progress."""
         if self.on_progress is not None:
-            self.on_progress(Progress(batches, samples, settled, len(pools), error))
-        return error
+            self.on_progress(progress)
 
 
 def pools_of(layers: Sequence[NormLayer]) -> Pools:

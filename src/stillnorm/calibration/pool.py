@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -146,7 +146,7 @@ def vector_length(layer: NormLayer) -> int:
     return _COUNTS + 8 * layer.module.get_buffer("running_mean").numel()
 
 
-def worst_error(pools: Sequence[Pool]) -> float | None:
+def worst_error(pools: Iterable[Pool]) -> float | None:
     """Return the largest error of any layer that was reached; None before it can be told."""
     errors = [pool.error() for pool in pools if pool.calls]
     if not errors or None in errors:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stillnorm.calibration.data import Data, Pools, pools_of, take
 from stillnorm.calibration.pool import Pool, vector_length
+from stillnorm.calibration.progress import Progress
 from stillnorm.calibration.ranks import Ranks
 from stillnorm.errors import CalibrationError
 from stillnorm.norms import NormLayer
@@ -57,7 +58,8 @@ def pooled_pass(model: nn.Module, layers: Sequence[NormLayer], data: Data, ranks
                 take(pools, seen, batches)
                 batches += 1
                 samples += seen[0].samples if seen else 0
-                error = data.tell(batches, samples, 0, list(pools.values()))
+                error = data.error(pools.values())
+                data.tell(Progress(batches, samples, 0, len(layers), error))
                 if data.is_enough(batches, error, ranks.size):
                     break
         return pack(batches, samples, pools)

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from stillnorm.calibration.commit import write_all
 from stillnorm.errors import StateError
-from stillnorm.reports import Block, Document, Line, Table, text
-from stillnorm.reports.json import Jsonable, to_jsonable
+from stillnorm.reports import (
+    Bar,
+    Bars,
+    Block,
+    Document,
+    Heading,
+    Histogram,
+    Line,
+    Series,
+    Table,
+    text,
+)
+from stillnorm.reports.json import dumps
 from stillnorm.reports.numbers import count, number
+from stillnorm.reports.refusals import refusal_rows
 
 Method = Literal["pooled", "sequential"]
 
 _SHOWN = 10
+_PLOTTED = 6
+_BINS = 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,44 +137,102 @@ class RecalibrationReport:
         write_all(changes)
 
     def document(self) -> Document:
-        """Return the report as a document."""
+        """Return the report as a document: the layers that moved most, what was left alone."""
         title = (
             f"{count(len(self.layers), 'layer')} recalibrated on "
-            f"{count(self.batches, 'batch')}, {count(self.samples, 'sample')}"
+            f"{count(self.batches, 'batch')}, {count(self.samples, 'sample')} ({self.method})"
         )
         most = sorted(self.layers, key=_unsettled, reverse=True)[:_SHOWN]
-        rows = tuple(
-            (
-                layer.path or "(root)",
-                str(layer.count),
-                number(layer.mean_moved),
-                number(layer.var_ratio),
-            )
-            for layer in most
-        )
         blocks: list[Block] = []
-        if rows:
-            header = ("moved most", "values", "mean moved (sigma)", "variance x")
-            blocks += [Line(""), Table(header, rows, "lrrr")]
+        if most:
+            header = ("moved most", "values", "mean moved (sigma)", "variance x", "standard error")
+            blocks += [Line(""), Table(header, tuple(map(_row, most)), "lrrrr")]
         if len(self.layers) > _SHOWN:
             blocks.append(Line(f"and {len(self.layers) - _SHOWN} more, which moved less"))
-        for label, paths in (("not reached", self.unreached), ("held, left alone", self.held)):
+        if self.standard_error is not None and self.layers:
+            blocks.append(
+                Line(f"largest standard error of any layer: {number(self.standard_error)}")
+            )
+        for label, paths in (
+            ("used at several places, one set of statistics for all", self.shared),
+            ("not reached", self.unreached),
+            ("held, left alone", self.held),
+        ):
             if paths:
                 blocks.append(Line(f"{label}: {', '.join(path or '(root)' for path in paths)}"))
         if self.refused:
-            reasons = tuple((path or "(root)", reason) for path, reason in self.refused)
-            blocks += [Line(""), Table(("refused", "because"), reasons, "ll")]
+            blocks += [Line(""), Table(("refused", "because"), refusal_rows(self.refused), "ll")]
         return Document(title, tuple(blocks))
 
-    def to_json(self) -> Jsonable:
-        """Return the report as plain data."""
-        return to_jsonable(self)
+    def to_html(self) -> str:
+        """Return the report as a page with plots: every layer, and the channels of the worst."""
+        from stillnorm.reports import html
+
+        return html.write(replace(self.document(), blocks=self.document().blocks + plots(self)))
+
+    def to_json(self) -> str:
+        """Return the report as JSON."""
+        return dumps(self)
 
     def __str__(self) -> str:
         return text.write(self.document())
+
+
+def _row(layer: Recalibrated) -> tuple[str, ...]:
+    error = layer.standard_error
+    return (
+        layer.path or "(root)",
+        str(layer.count),
+        number(layer.mean_moved),
+        number(layer.var_ratio),
+        "-" if error is None else number(error),
+    )
 
 
 def _unsettled(layer: Recalibrated) -> float:
     """Rank layers by how far they moved; from NaN, farthest."""
     moved = max(layer.mean_moved, abs(math.log(layer.var_ratio)) if layer.var_ratio > 0 else 0.0)
     return math.inf if math.isnan(layer.mean_moved + layer.var_ratio) else moved
+
+
+# ---------------------------------------------------------------------------------- plots
+
+
+def plots(report: RecalibrationReport) -> tuple[Block, ...]:
+    """Return how far every layer moved, and how far the channels of the worst did."""
+    if not report.layers:
+        return ()
+    most = sorted(report.layers, key=_unsettled, reverse=True)[:_PLOTTED]
+    moved = tuple(Bar(layer.path or "(root)", layer.mean_moved) for layer in report.layers)
+    ratios = tuple(Bar(layer.path or "(root)", _log2(layer.var_ratio)) for layer in report.layers)
+    return (
+        Heading("Every layer, in the order of the model"),
+        Bars("how far the mean moved, in deviations", moved),
+        Bars("the new variance over the old, in doublings", ratios),
+        Heading("The channels of those that moved most"),
+        Histogram(
+            "how far the mean moved, in deviations",
+            tuple(_series(layer.path or "(root)", _moved(layer)) for layer in most),
+        ),
+    )
+
+
+def _moved(layer: Recalibrated) -> Tensor:
+    """Return how far the mean of each channel moved, in deviations; 0 where there is none."""
+    moved = layer.mean_after.double() - layer.mean_before.double()
+    var = layer.var_after.double()
+    return (moved / var.clamp_min(torch.finfo(torch.float32).tiny).sqrt()).where(var > 0, 0)
+
+
+def _series(label: str, values: Tensor) -> Series:
+    values = values[values.isfinite()].cpu()
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
+    if not high > low:
+        low, high = low - 0.5, high + 0.5
+    edges = torch.linspace(low, high, _BINS + 1, dtype=torch.float64)
+    counts = torch.histc(values, _BINS, low, high)
+    return Series(label, tuple(edges.tolist()), tuple(counts.tolist()))
+
+
+def _log2(ratio: float) -> float:
+    return math.log2(ratio) if ratio > 0 else math.nan

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillnorm.calibration.data import Data, Pools, pools_of, take
+from stillnorm.calibration.data import Data, pools_of, take
 from stillnorm.calibration.moments import Statistics
 from stillnorm.calibration.pool import Pool
 from stillnorm.calibration.pooled import Pass, pack, packed_length, unpack
+from stillnorm.calibration.progress import Progress
 from stillnorm.calibration.ranks import Ranks
 from stillnorm.errors import CalibrationError
 from stillnorm.norms import NormLayer, write
@@ -93,6 +94,7 @@ class _Stages:
         self.settled = 0
         self.batches: list[_Batch] = []
         self.samples = self.runs = 0
+        self.error: float | None = None
         self.room = 0
 
     def run(self) -> Pass:
@@ -134,8 +136,9 @@ class _Stages:
                     self.batches.append(batch)
                     take(pools, seen, index)
                     self.samples += seen[0].samples if seen else 0
-                    error = self.tell(pools)
-                    if self.data.is_enough(len(self.batches), error, self.ranks.size):
+                    self.error = self.data.error(pools.values())
+                    self.tell()
+                    if self.data.is_enough(len(self.batches), self.error, self.ranks.size):
                         break
             bits = [(d >> i) & 1 for d in depends for i in range(len(self.layers))]
             gathered = pack(len(self.batches), self.samples, pools)
@@ -168,7 +171,7 @@ class _Stages:
                 if any(layer.module in batch.calls for layer in layers):
                     seen, _ = self.forward(batch, layers, ())
                     take(pools, seen, batch.index)
-                    self.tell(pools)
+                    self.tell()
             return pack(len(self.batches), self.samples, pools)
 
         return unpack(layers, self.ranks.gathered(work, packed_length(layers))).pools
@@ -228,10 +231,11 @@ class _Stages:
             batch.tape, batch.nbytes = None, 0
         return seen, replay
 
-    def tell(self, pools: Pools) -> float | None:
-        """Report progress; see `Data.tell`."""
+    def tell(self) -> None:
+        """Report progress."""
+        settled = sum(1 for bit in self.bit.values() if bit & self.settled)
         samples = self.samples * self.runs // max(1, len(self.batches))
-        return self.data.tell(self.runs, samples, self.settled.bit_count(), list(pools.values()))
+        self.data.tell(Progress(self.runs, samples, settled, len(self.layers), self.error))
 
 
 def _give(pool: Pool) -> None:
