@@ -25,6 +25,7 @@ ORDER = (
     ("freezing", "calibration"),
     ("diagnosis",),
     ("cli", "demo"),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 

@@ -101,7 +101,7 @@ def sharded():
 
 def nan():
     batches = data()
-    batches[3][0] = float("nan")
+    batches[2][0] = float("nan")
     return batches
 
 
@@ -194,7 +194,8 @@ def test_the_file_has_the_statistics_of_the_data_and_all_else_as_it_was(run, fil
     result = run(*command(), "--method", method, "--out", "new.safetensors")
     assert result.exit_code == 0, result.output
     assert_same(files / "new.safetensors", expected(code["net"](), code["data"](), method), 1e-5)
-    assert result.stdout.startswith("2 layers recalibrated on 5 batches, 38 samples\n\nmoved most ")
+    assert result.stdout.startswith("2 layers recalibrated on 5 batches, 38 samples")
+    assert "moved most " in result.stdout
     assert result.stderr.endswith("the model with these statistics: new.safetensors\n")
 
 
@@ -263,7 +264,7 @@ def test_tensors_under_two_names_are_written_under_both(run, files, code):
     ("args", "fact"),
     [
         ((*command(), "--forward", "cal.py:odd"), "an odd batch"),
-        (command("nan"), "batch 3: bn1 receives NaN"),
+        (command("nan"), "batch 2: bn1 receives NaN"),
         (command("empty"), "there is no batch"),
         ((*command(), "--weights", "none.pt"), "none.pt cannot be read: No such file"),
         (("recalibrate", "cal.py:net", "--data", "none.py:data"), "there is no file none.py"),
@@ -283,7 +284,7 @@ def test_what_fails_is_told_and_no_file_is_touched(fails, files, args, fact):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ((*command(), "--out", "new.pt"), "only .safetensors"),
+        ((*command(), "--out", "new.pt"), ".safetensors only"),
         ((*command(), "--out", "none/new.safetensors"), "there is no folder none"),
         (command()[:2], "Missing option '--data'"),
         ((*command(), "--tolerance", "0"), "--tolerance"),
@@ -335,7 +336,7 @@ def test_the_bar_tells_batches_rate_and_error(terminal):
         ((*command("stream"), "--max-batches", "4"), r" 4/4 batches, "),
         (command("stream"), r" 5 batches, "),
         ((*command(), "--tolerance", "0.01"), r"standard error \S+, goal 0\.01 "),
-        ((*command(), "--method", "sequential"), r" \d/\d layers?, \d+ samples/s, "),
+        ((*command(), "--method", "sequential"), r" checking 2 layers, \d+ samples/s, "),
     ],
 )
 def test_the_bar_tells_what_is_known(terminal, args, said):
@@ -369,20 +370,24 @@ def torchrun(args, cwd):
         )
         for rank in "01"
     ]
-    said = [rank.communicate(timeout=60) for rank in ranks]
+    try:
+        said = [rank.communicate(timeout=60) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     return [(rank.returncode, *streams) for rank, streams in zip(ranks, said, strict=True)]
 
 
 def test_torchrun_writes_the_file_of_one_process(run, files):
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    master = ["--master-addr", "127.0.0.1", "--master-port", "0"]
-    args = [*command(), "--out", "two.safetensors"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2", "-m", "stillnorm"]
     done = subprocess.run(
-        [*program, *master, "-m", "stillnorm", *args],
+        [*start, *command(), "--out", "two.safetensors"],
         cwd=files,
         capture_output=True,
         text=True,
         check=False,
+        timeout=60,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
@@ -416,10 +421,9 @@ def test_a_loader_that_shards_already_is_not_shared_again(files):
     ("args", "fact"),
     [
         (command("only_on_rank_0"), "rank 1 failed: cal.py:only_on_rank_0 raised OSError"),
-        (command("nan"), "rank 1 failed: "),
-        ((*command(), "--weights", "none.pt"), "none.pt cannot be read"),
+        (command("nan"), "batch 1: bn1 receives NaN"),
     ],
-    ids=["loading", "running", "both"],
+    ids=["rank 1, loading", "rank 0, running"],
 )
 def test_what_fails_on_one_rank_fails_on_all_and_rank_0_says_so(files, args, fact):
     (first, out, err), (second, *silent) = torchrun([*args, "--out", "old.safetensors"], files)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stillnorm.tracing import samples
-from stillnorm.tracing.samples import read, sample_moments
+from stillnorm.tracing.samples import batch_moments, read, sample_moments
 
 RTOL = 1e-6
 
@@ -65,6 +65,20 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sample_moments(x)
     monkeypatch.setattr(samples, "_CHUNK", 1)
     assert torch.equal(sample_moments(x), whole)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_chunks_of_a_batch_change_nothing_but_rounding(
+    layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = (torch.randn(7, 3, 5, 5) + 2).contiguous(memory_format=layout)
+    whole = batch_moments(x)
+    assert whole.shape == (3, 1, 3)
+    for chunk in (1, 60, 160):
+        monkeypatch.setattr(samples, "_CHUNK", chunk)
+        (mean, var), (want_mean, want_var) = read(batch_moments(x)), read(whole)
+        torch.testing.assert_close(mean, want_mean, rtol=RTOL, atol=RTOL)
+        torch.testing.assert_close(var, want_var, rtol=RTOL, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from stillnorm.calibration.pool import Pool, worst_error
 from stillnorm.calibration.progress import OnProgress, Progress
@@ -87,18 +88,36 @@ def take(pools: Pools, seen: Sequence[Normalization], batch: int) -> None:
     Raises:
         CalibrationError: A layer received NaN or infinity.
     """
-    for received in seen:
-        if (pool := pools.get(received.layer.module)) is not None:
-            mean, var = read(received.moments)
-            broken = ~(mean.isfinite() & var.isfinite()).all(0)  # (C,)
-            if broken.any():
-                channels = broken.nonzero().flatten().tolist()
-                raise CalibrationError(
-                    f"batch {batch}: {received.layer.path} receives NaN, infinity or values too "
-                    f"large to square, in {len(channels)} of {len(broken)} channels, first channel "
-                    f"{channels[0]}",
-                    help="look at that batch, and at the layers before; nothing was changed",
-                )
-            pool.add(received, mean, var)
+    received = [one for one in seen if one.layer.module in pools]
+    for one, (mean, var) in zip(received, _read(received, batch), strict=True):
+        pools[one.layer.module].add(one, mean, var)
     for pool in pools.values():
         pool.end_batch()
+
+
+def _read(received: Sequence[Normalization], batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield mean and variance of each group, (G, C): of all layers in one go, for each waits."""
+    if not received:
+        return
+    shapes = [one.moments.shape[1:] for one in received]
+    mean, var = read(torch.cat([one.moments.flatten(1) for one in received], 1))
+    if not (mean.isfinite() & var.isfinite()).all():
+        for one in received:
+            _refuse_non_finite(one, batch)
+    sizes = [groups * channels for groups, channels in shapes]
+    parts = zip(torch.split(mean, sizes), torch.split(var, sizes), shapes, strict=True)
+    for part_mean, part_var, shape in parts:
+        yield part_mean.view(shape), part_var.view(shape)
+
+
+def _refuse_non_finite(received: Normalization, batch: int) -> None:
+    """Raise when a channel of what the layer received has no finite mean and variance."""
+    mean, var = read(received.moments)
+    broken = ~(mean.isfinite() & var.isfinite()).all(0)  # (C,)
+    if broken.any():
+        channels = broken.nonzero().flatten().tolist()
+        raise CalibrationError(
+            f"batch {batch}: {received.layer.path} receives NaN, infinity or values too large to "
+            f"square, in {len(channels)} of {len(broken)} channels, first channel {channels[0]}",
+            help="look at that batch, and at the layers before; nothing was changed",
+        )

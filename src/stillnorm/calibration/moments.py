@@ -153,6 +153,8 @@ def pool(mean: Tensor, var: Tensor, values: int) -> Moments:
     Shape:
         - mean, var: ``(G, C)``; moments: ``(C,)``.
     """
+    if len(mean) == 1:
+        return Moments(values, mean[0], var[0] * values)
     overall = mean.mean(0)
     m2 = (var + (mean - overall).square()).sum(0) * (values / len(mean))
     return Moments(values, overall, m2)

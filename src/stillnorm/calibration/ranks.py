@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stillnorm.errors import CalibrationError
+from stillnorm.errors import CalibrationError, StillnormError
+from stillnorm.tracing import first_line
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,12 +81,19 @@ class Ranks:
     ) -> list[tuple[Tensor, Tensor]]:
         sent = torch.cat((message, vector)).to(self._device)
         received = [torch.empty_like(sent) for _ in range(group.size())]
-        dist.all_gather(received, sent, group=group)
+        try:
+            dist.all_gather(received, sent, group=group)
+        except RuntimeError as error:
+            raise CalibrationError(
+                f"a rank is gone: {first_line(error)}",
+                help="look at the output of the others; nothing was changed on this one",
+            ) from error
         return [(part[:_MESSAGE].cpu(), part[_MESSAGE:].cpu()) for part in received]
 
 
 def _failure(error: Exception) -> Tensor:
-    text = f"{type(error).__name__}: {error}".encode()[:_MESSAGE]
+    fact = error.fact if isinstance(error, StillnormError) else first_line(error)
+    text = fact.encode()[:_MESSAGE]
     return torch.tensor([*text, *[0] * (_MESSAGE - len(text))], dtype=torch.float64)
 
 

@@ -13,6 +13,7 @@ from stillnorm.cli.explain import explain
 from stillnorm.cli.failures import report
 from stillnorm.cli.fold import fold
 from stillnorm.cli.inspect import inspect
+from stillnorm.cli.recalibrate import recalibrate
 
 _NO_FREEZE = (
     "There is no freeze command: a hold lives in the process that trains, not in a file. "
@@ -52,5 +53,5 @@ def main(traceback: bool) -> None:
     """BatchNorm that holds still: see what every norm layer does, and prove what is wrong."""
 
 
-for command in (inspect, check, explain, diff, fold, demo):
+for command in (inspect, check, explain, diff, recalibrate, fold, demo):
     main.add_command(command)

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -36,7 +36,7 @@ TARGET makes the model:
 """
 
 
-def on_model(command: F) -> F:
+def on_model(command: F, *, needs_data: bool = False) -> F:
     """Add the arguments of every command on a model: the target, and what goes with it."""
     for option in reversed(
         (
@@ -49,6 +49,7 @@ def on_model(command: F) -> F:
             ),
             click.option(
                 "--data",
+                required=needs_data,
                 metavar="TARGET",
                 help="Batches: a DataLoader, a list of batches, a tensor, or what makes one.",
             ),
@@ -73,6 +74,16 @@ class Loaded:
     data: object
     forward: Callable[..., Any] | None
 
+    def on(self, device: str | None) -> Loaded:
+        """Return the same with the model and the batches on a device; None leaves them."""
+        if device is None:
+            return self
+        from stillnorm.cli.device import Moved, existing
+
+        where = existing(device)
+        self.model.to(where)
+        return replace(self, data=None if self.data is None else Moved(self.data, where))
+
 
 def load(
     target: str, weights: Path | None, data: str | None, forward: str | None, device: str | None
@@ -84,13 +95,7 @@ def load(
             load_weights(model, weights)
         batches = None if data is None else targets.load_data(data)
         called = None if forward is None else targets.load_function(forward, "model", "batch")
-        if device is not None:
-            from stillnorm.cli.device import Moved, existing
-
-            where = existing(device)
-            model.to(where)
-            batches = None if batches is None else Moved(batches, where)
-    return Loaded(model, batches, called)
+        return Loaded(model, batches, called).on(device)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from stillnorm.tracing.batches import batch_size as batch_size
 from stillnorm.tracing.batches import copied as copied
 from stillnorm.tracing.batches import each_batch as each_batch
+from stillnorm.tracing.batches import first_line as first_line
 from stillnorm.tracing.batches import first_tensor as first_tensor
 from stillnorm.tracing.calling import Forward as Forward
 from stillnorm.tracing.calling import call as call

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset, IterableDataset
 
-from stillnorm.errors import BatchError
+from stillnorm.errors import BatchError, StillnormError
 
 
 def each_batch(batches: object) -> Iterator[object]:
@@ -53,6 +53,8 @@ def each_batch(batches: object) -> Iterator[object]:
             batch = next(iterator)
         except StopIteration:
             return
+        except StillnormError:  # of batches inside batches: it says what to do
+            raise
         except Exception as error:
             raise BatchError(
                 f"reading batch {index} of batches= raised {first_line(error)}",

@@ -138,9 +138,11 @@ class Replay(TorchFunctionMode):
         try:
             with visits(self._enter, self._leave), self:
                 yield
+            self._stop()
         except Enough:
             return
-        self._stop()
+        finally:
+            self._is_enough = _never  # what it asks may hold on to this run
 
     # ------------------------------------------------------------------ layers
 
@@ -238,6 +240,10 @@ class Replay(TorchFunctionMode):
                 if entry is not None:
                     entry.result = _each(_settled, entry.result)
             tape.kept.clear()
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True)
