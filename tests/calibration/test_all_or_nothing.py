@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stillnorm import recalibrate
-from stillnorm.calibration import change, commit, data, pool, report
+from stillnorm.calibration import change, commit, pool, report
 from stillnorm.errors import BatchError, CalibrationError, StateError
 from support.fingerprint import Fingerprint
 from support.layers import conv_input, conv_net
@@ -153,7 +153,7 @@ def test_an_interruption_at_every_single_write(
 @pytest.mark.parametrize(
     ("where", "name"),
     [
-        (data, "read"),
+        (pool, "read"),
         (pool, "pool"),
         (change, "mean_moved"),
         (change, "var_ratio"),

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from stillnorm import recalibrate
 from stillnorm.calibration import Progress
-from stillnorm.calibration.data import LEAST_BATCHES
-from stillnorm.calibration.pool import Pool
+from stillnorm.calibration.data import LEAST_BATCHES, Data
+from stillnorm.calibration.pool import Pools
+from stillnorm.calibration.pooled import pooled_pass
+from stillnorm.calibration.ranks import Ranks
 from stillnorm.errors import CalibrationError
 from stillnorm.norms import find_norms
 from support.layers import conv_input, conv_net
@@ -62,17 +64,19 @@ def test_merging_ranks_is_one_process(sizes: list[int], cut: int, seed: int) -> 
     net = nn.BatchNorm1d(3).double()
     (layer,) = find_norms(net)
 
-    def pooled(part: list[Tensor]) -> Pool:
-        from stillnorm.calibration.data import Data
-        from stillnorm.calibration.pooled import pooled_pass
-        from stillnorm.calibration.ranks import Ranks
+    def pooled(part: list[Tensor]) -> Pools:
+        data, alone = Data(iter(part)), Ranks("self", torch.device("cpu"))
+        vectors: list[Tensor] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Pools, "to_vector", lambda self: vectors.append(real(self)) or real(self))
+            pooled_pass(net, [layer], data, alone)
+        return Pools.of_vector([layer], vectors[0])
 
-        gathered = pooled_pass(net, [layer], Data(iter(part)), Ranks("self", torch.device("cpu")))
-        return Pool.of_vector(layer, gathered.pools[0].to_vector())
-
+    real = Pools.to_vector
     merged = pooled(batches[:cut])
     merged.merge(pooled(batches[cut:]))
-    errors = merged.standard_errors()
+    (one,) = merged
+    errors = one.standard_errors()
     assert errors is not None
     for got, want in zip(errors, by_formula(batches), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stillnorm.calibration.moments import Statistics
+from stillnorm.calibration.moments import Moments
 from stillnorm.calibration.pool import Pool
 from stillnorm.calibration.report import Recalibrated, mean_moved, var_ratio
 from stillnorm.errors import CalibrationError
@@ -33,14 +33,14 @@ class Change:
         return self.pool.layer
 
     @classmethod
-    def of(cls, pool: Pool, statistics: Statistics) -> Change:
+    def of(cls, pool: Pool, moments: Moments) -> Change:
         """Prepare the change of a layer to new statistics, from what it received.
 
         Raises:
             CalibrationError: The statistics do not fit the dtype of the buffers.
         """
         layer = pool.layer
-        new = {"running_mean": statistics.mean, "running_var": statistics.variance()}
+        new = {"running_mean": moments.mean, "running_var": moments.variance()}
         tracked = layer.num_batches_tracked
         if layer.family == "batch" and tracked is not None:
             # torch's instance norm never counts.
@@ -70,7 +70,7 @@ class Change:
             path=self.layer.path,
             paths=self.layer.paths,
             samples=self.pool.samples,
-            count=0 if self.pool.statistics is None else self.pool.statistics.count,
+            count=self.pool.count,
             mean_before=mean[0],
             mean_after=mean[1],
             var_before=var[0],

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-import torch
-from torch import Tensor, nn
-
-from stillnorm.calibration.pool import Pool, worst_error
+from stillnorm.calibration.pool import Pools
 from stillnorm.calibration.progress import OnProgress, Progress
 from stillnorm.errors import CalibrationError
-from stillnorm.norms import NormLayer
-from stillnorm.tracing import Forward, Normalization, each_batch, read
+from stillnorm.tracing import Forward, each_batch
 
 # Before that many batches a standard error is too uncertain itself to stop at.
 LEAST_BATCHES = 8
-
-Pools = dict[nn.Module, Pool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,58 +60,12 @@ class Data:
             return False
         return error <= self.tolerance * math.sqrt(ranks)
 
-    def error(self, pools: Iterable[Pool]) -> float | None:
+    def error(self, pools: Pools) -> float | None:
         """Return the largest standard error, if anyone wants to know it."""
         wanted = self.tolerance is not None or self.on_progress is not None
-        return worst_error(pools) if wanted else None
+        return pools.error() if wanted else None
 
     def tell(self, progress: Progress) -> None:
         """Report progress."""
         if self.on_progress is not None:
             self.on_progress(progress)
-
-
-def pools_of(layers: Sequence[NormLayer]) -> Pools:
-    """Return empty pools."""
-    return {layer.module: Pool(layer) for layer in layers}
-
-
-def take(pools: Pools, seen: Sequence[Normalization], batch: int) -> None:
-    """Add what the layers received in one batch.
-
-    Raises:
-        CalibrationError: A layer received NaN or infinity.
-    """
-    received = [one for one in seen if one.layer.module in pools]
-    for one, (mean, var) in zip(received, _read(received, batch), strict=True):
-        pools[one.layer.module].add(one, mean, var)
-    for pool in pools.values():
-        pool.end_batch()
-
-
-def _read(received: Sequence[Normalization], batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield mean and variance of each group, (G, C): of all layers in one go, for each waits."""
-    if not received:
-        return
-    shapes = [one.moments.shape[1:] for one in received]
-    mean, var = read(torch.cat([one.moments.flatten(1) for one in received], 1))
-    if not (mean.isfinite() & var.isfinite()).all():
-        for one in received:
-            _refuse_non_finite(one, batch)
-    sizes = [groups * channels for groups, channels in shapes]
-    parts = zip(torch.split(mean, sizes), torch.split(var, sizes), shapes, strict=True)
-    for part_mean, part_var, shape in parts:
-        yield part_mean.view(shape), part_var.view(shape)
-
-
-def _refuse_non_finite(received: Normalization, batch: int) -> None:
-    """Raise when a channel of what the layer received has no finite mean and variance."""
-    mean, var = read(received.moments)
-    broken = ~(mean.isfinite() & var.isfinite()).all(0)  # (C,)
-    if broken.any():
-        channels = broken.nonzero().flatten().tolist()
-        raise CalibrationError(
-            f"batch {batch}: {received.layer.path} receives NaN, infinity or values too large to "
-            f"square, in {len(channels)} of {len(broken)} channels, first channel {channels[0]}",
-            help="look at that batch, and at the layers before; nothing was changed",
-        )

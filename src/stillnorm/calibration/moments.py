@@ -10,7 +10,10 @@ Nothing is ever subtracted from a sum of squares, so nothing cancels: in float64
 of all values at once to about 1e-15, in whatever order and grouping they came.
 
 Instance norm has a convention of its own: its running statistics are the averages, over samples, of
-each sample's mean and unbiased variance.
+each sample's mean and unbiased variance. With n the number of samples and M the sum of their
+variances that is the same without what lies between:
+
+    M = M_a + M_b        running_var = M / n
 
 Source: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
 variances"; torch/aten/src/ATen/native/Normalization.cpp for the conventions.
@@ -18,126 +21,82 @@ variances"; torch/aten/src/ATen/native/Normalization.cpp for the conventions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
+import torch
 from torch import Tensor
-
-
-class Statistics(Protocol):
-    """What a layer's running statistics are made of."""
-
-    @property
-    def count(self) -> int:
-        """The number of values, or of samples, in each channel."""
-
-    @property
-    def mean(self) -> Tensor:
-        """What `running_mean` becomes, (C,), float64."""
-
-    @property
-    def has_variance(self) -> bool:
-        """Whether there are values enough for a variance."""
-
-    def variance(self) -> Tensor:
-        """Return what `running_var` becomes, (C,), float64."""
-
-    def biased_variance(self) -> Tensor:
-        """Return the variance of the values themselves, (C,), float64."""
-
-    def merge(self, other: Self) -> Self:
-        """Return the statistics of both together."""
-
-    def parts(self) -> tuple[int, Tensor, Tensor]:
-        """Return what it is made of."""
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """The moments of n values in each channel.
+    """The moments of the values in each channel, of one layer or of several after each other.
 
     Args:
-        count: n.
-        mean: μ, (C,), float64.
-        m2: M, (C,), float64: the sum of (x - μ)².
+        n: n, the number of values, or of samples for an instance norm; 0 where there is none.
+        mean: μ.
+        m: M.
+        between: 1 where the spread between batches counts; 0 for instance norms.
+
+    Shape:
+        All ``(C,)``, float64.
     """
 
-    count: int
+    n: Tensor
     mean: Tensor
-    m2: Tensor
+    m: Tensor
+    between: Tensor
+
+    @classmethod
+    def none(cls, between: Tensor) -> Self:
+        """Return the moments of no values."""
+        zero = torch.zeros_like(between)
+        return cls(zero, zero, zero, between)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Moments]) -> Self:
+        """Return the moments of several layers after each other."""
+        return cls(*(torch.cat(rows) for rows in zip(*map(_rows, parts), strict=True)))
+
+    def split(self, sizes: Sequence[int]) -> list[Moments]:
+        """Return those of each layer, given their numbers of channels."""
+        parts = (torch.split(row, list(sizes)) for row in _rows(self))
+        return [Moments(*rows) for rows in zip(*parts, strict=True)]
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both sets of values together.
 
         Example:
-            >>> import torch
-            >>> one = Moments(1, torch.tensor([2.0]), torch.tensor([0.0]))
-            >>> two = Moments(2, torch.tensor([5.0]), torch.tensor([2.0]))  # 4 and 6
+            >>> one = pool(torch.tensor([[2.0]]), torch.tensor([[0.0]]), 1)
+            >>> two = pool(torch.tensor([[5.0]]), torch.tensor([[1.0]]), 2)  # 4 and 6
             >>> both = one.merge(two)
-            >>> both.count, both.mean.item(), both.variance().item()
-            (3, 4.0, 4.0)
+            >>> both.n.item(), both.mean.item(), both.variance().item()
+            (3.0, 4.0, 4.0)
         """
-        n = self.count + other.count
+        n = self.n + other.n
+        share = other.n / n.clamp_min(1)
         delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / n)
-        m2 = self.m2 + other.m2 + delta.square() * (self.count * other.count / n)
-        return Moments(n, mean, m2)
+        mean = self.mean + delta * share
+        m = self.m + other.m + self.between * delta.square() * self.n * share
+        return Moments(n, mean, m, self.between)
 
     @property
     def has_variance(self) -> bool:
-        """Whether there is more than one value."""
-        return self.count > 1
+        """Whether every channel has values enough for a variance."""
+        return bool((self.n > self.between).all())
 
     def variance(self) -> Tensor:
-        """Return the unbiased variance M / (n - 1), which torch keeps in `running_var`."""
-        return self.m2 / (self.count - 1)
+        """Return what torch keeps in `running_var`: M / (n - 1), of an instance norm M / n."""
+        return self.m / (self.n - self.between)
 
     def biased_variance(self) -> Tensor:
-        """Return the variance of the values themselves, M / n."""
-        return self.m2 / self.count
-
-    def parts(self) -> tuple[int, Tensor, Tensor]:
-        """Return n, μ and M."""
-        return self.count, self.mean, self.m2
+        """Return M / n; 0 where there is no value."""
+        return self.m / self.n.clamp_min(1)
 
 
-@dataclass(frozen=True, eq=False)
-class Averages:
-    """Instance norm's statistics over n samples.
-
-    Args:
-        count: n.
-        mean: The average of the samples' means, (C,), float64.
-        var: The average of the samples' unbiased variances, (C,), float64.
-    """
-
-    count: int
-    mean: Tensor
-    var: Tensor
-
-    def merge(self, other: Averages) -> Averages:
-        """Return the averages over both sets of samples together."""
-        n = self.count + other.count
-        mean = self.mean + (other.mean - self.mean) * (other.count / n)
-        var = self.var + (other.var - self.var) * (other.count / n)
-        return Averages(n, mean, var)
-
-    @property
-    def has_variance(self) -> bool:
-        """Always: a sample without a variance has no averages."""
-        return True
-
-    def variance(self) -> Tensor:
-        """Return the average variance."""
-        return self.var
-
-    def biased_variance(self) -> Tensor:
-        """Return the average variance: each sample's is unbiased already."""
-        return self.var
-
-    def parts(self) -> tuple[int, Tensor, Tensor]:
-        """Return n, the mean and the variance."""
-        return self.count, self.mean, self.var
+def _rows(moments: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return moments.n, moments.mean, moments.m, moments.between
 
 
 def pool(mean: Tensor, var: Tensor, values: int) -> Moments:
@@ -154,13 +113,17 @@ def pool(mean: Tensor, var: Tensor, values: int) -> Moments:
         - mean, var: ``(G, C)``; moments: ``(C,)``.
     """
     if len(mean) == 1:
-        return Moments(values, mean[0], var[0] * values)
+        return _moments(values, mean[0], var[0] * values, 1.0)
     overall = mean.mean(0)
-    m2 = (var + (mean - overall).square()).sum(0) * (values / len(mean))
-    return Moments(values, overall, m2)
+    m = (var + (mean - overall).square()).sum(0) * (values / len(mean))
+    return _moments(values, overall, m, 1.0)
 
 
-def average(mean: Tensor, var: Tensor, values: int) -> Averages:
-    """Return instance norm's averages of a batch, its groups being the samples; as `pool`."""
+def average(mean: Tensor, var: Tensor, values: int) -> Moments:
+    """Return instance norm's moments of a batch, its groups being the samples; as `pool`."""
     k = values / len(mean)
-    return Averages(len(mean), mean.mean(0), var.mean(0) * (k / (k - 1)))
+    return _moments(len(mean), mean.mean(0), var.sum(0) * (k / (k - 1)), 0.0)
+
+
+def _moments(n: int, mean: Tensor, m: Tensor, between: float) -> Moments:
+    return Moments(torch.full_like(mean, n), mean, m, torch.full_like(mean, between))

@@ -1,29 +1,31 @@
-"""What one layer has received so far: its statistics, and how well they are known."""
+"""What layers have received so far: their statistics, and how well these are known.
+
+The channels of all layers stand after each other in one set of tensors: a batch is added, and what
+another rank has received is merged, with one operation for all layers.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stillnorm.calibration.moments import Averages, Moments, Statistics, average, pool
+from stillnorm.calibration.moments import Moments, average, pool
 from stillnorm.calibration.spread import Spread
+from stillnorm.errors import CalibrationError
 from stillnorm.norms import NormLayer
-from stillnorm.tracing import Normalization
-
-_COUNTS = 6
+from stillnorm.tracing import Normalization, read
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Pool:
     """What one layer has received.
 
     Args:
         layer: The layer.
-        statistics: The statistics of all of it; None before there are any values.
+        moments: The moments of all of it.
         spread: How far the batches lie apart.
         samples: The number of samples.
         calls: The number of times that the layer was called.
@@ -31,73 +33,32 @@ class Pool:
     """
 
     layer: NormLayer
-    statistics: Statistics | None = None
-    spread: Spread | None = None
-    samples: int = 0
-    calls: int = 0
-    counted: int = -1
-    _of_batch: Statistics | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        tracked = self.layer.num_batches_tracked
-        if self.counted < 0:
-            self.counted = 0 if tracked is None else int(tracked)
+    moments: Moments
+    spread: Spread
+    samples: int
+    calls: int
+    counted: int
 
     @property
-    def _by_sample(self) -> bool:
-        return self.layer.family == "instance"
+    def count(self) -> int:
+        """The number of values, or of samples of an instance norm, in each channel."""
+        return int(self.moments.n.max()) if self.moments.n.numel() else 0
 
     @property
     def is_shared(self) -> bool:
         """Whether the layer was called more than once in a forward."""
-        return self.spread is not None and self.calls > self.spread.batches
+        batches = self.spread.batches
+        return bool(batches.numel()) and self.calls > int(batches.max()) > 0
 
-    def estimate(self) -> Statistics | None:
-        """Return the statistics if there are values enough for a variance."""
-        ready = self.statistics is not None and self.statistics.has_variance
-        return self.statistics if ready else None
-
-    def add(self, received: Normalization, mean: Tensor, var: Tensor) -> None:
-        """Add one input, given the mean and biased variance of groups of its values, (G, C)."""
-        self.calls += 1
-        self.samples += received.samples
-        convention, least = (average, 2) if self._by_sample else (pool, 1)
-        if received.values < least * len(mean) or not len(mean):
-            return  # instance norm has no variance for samples of one position
-        new = convention(mean, var, received.values)
-        self._of_batch = new if self._of_batch is None else self._of_batch.merge(new)
-
-    def end_batch(self) -> None:
-        """Take what came since the last batch as one batch."""
-        if (new := self._of_batch) is None:
-            return
-        self._of_batch = None
-        origin = new.mean if self.spread is None else self.spread.origin
-        var = new.biased_variance()
-        q = var if self._by_sample else var + (new.mean - origin).square()
-        spread = Spread.of(origin, new.count, new.mean, q)
-        self._take(new, spread)
-
-    def merge(self, other: Pool) -> None:
-        """Add what the same layer received on another rank."""
-        self.samples += other.samples
-        self.calls += other.calls
-        if other.statistics is not None and other.spread is not None:
-            self._take(other.statistics, other.spread)
-
-    def _take(self, new: Statistics, spread: Spread) -> None:
-        self.statistics = new if self.statistics is None else self.statistics.merge(new)
-        self.spread = (
-            spread if self.spread is None else self.spread.merge(spread, not self._by_sample)
-        )
+    def estimate(self) -> Moments | None:
+        """Return the moments if there are values enough for a variance."""
+        return self.moments if self.calls and self.moments.has_variance else None
 
     def standard_errors(self) -> tuple[Tensor, Tensor] | None:
         """Return the standard errors of mean and variance, (C,) each; None of a single batch."""
-        if self.statistics is None or self.spread is None:
+        if not (self.spread.batches > 1).all():
             return None
-        n, mean = self.statistics.count, self.statistics.mean
-        var = self.statistics.biased_variance()
-        return self.spread.standard_errors(n, mean, var, not self._by_sample)
+        return self.spread.standard_errors(self.moments)
 
     def error(self) -> float | None:
         """Return how far the statistics may be off; None where one batch alone reached the layer.
@@ -105,50 +66,141 @@ class Pool:
         The larger of two standard errors, each the root mean square over the channels: of the mean,
         in deviations of what the layer receives; of the variance, relative to it.
         """
-        errors = self.standard_errors()
-        if errors is None or self.statistics is None:
+        if (errors := self.standard_errors()) is None:
             return None
-        scale = self.statistics.biased_variance() + self.layer.eps
+        scale = self.moments.biased_variance() + self.layer.eps
         of_mean = (errors[0].square() / scale).mean().sqrt()
         of_var = (errors[1] / scale).square().mean().sqrt()
         return float(torch.maximum(of_mean, of_var))
 
+
+class Pools:
+    """What several layers have received.
+
+    Args:
+        layers: The layers.
+    """
+
+    def __init__(self, layers: Sequence[NormLayer]) -> None:
+        self.layers = layers
+        self.samples = [0] * len(layers)
+        self.calls = [0] * len(layers)
+        self.counted = [_tracked(layer) for layer in layers]
+        self._sizes = [layer.module.get_buffer("running_mean").numel() for layer in layers]
+        between = [float(layer.family != "instance") for layer in layers]
+        self._between = torch.tensor(between, dtype=torch.float64).repeat_interleave(
+            torch.tensor(self._sizes, dtype=torch.long)
+        )
+        self._index = {layer.module: i for i, layer in enumerate(layers)}
+        self._moments = Moments.none(self._between)
+        self._spread = Spread.none(len(self._between))
+
+    def __iter__(self) -> Iterator[Pool]:
+        """Yield what each layer has received."""
+        yield from map(
+            Pool,
+            self.layers,
+            self._moments.split(self._sizes),
+            self._spread.split(self._sizes),
+            self.samples,
+            self.calls,
+            self.counted,
+        )
+
+    def __contains__(self, module: nn.Module) -> bool:
+        """Tell whether a module is one of the layers."""
+        return module in self._index
+
+    def take(self, seen: Sequence[Normalization], batch: int) -> None:
+        """Add what the layers received in one batch.
+
+        Raises:
+            CalibrationError: A layer received NaN or infinity.
+        """
+        received = [one for one in seen if one.layer.module in self]
+        found: dict[int, Moments] = {}
+        for one, (mean, var) in zip(received, _read(received, batch), strict=True):
+            i = self._index[one.layer.module]
+            self.calls[i] += 1
+            self.samples[i] += one.samples
+            convention, least = (average, 2) if one.layer.family == "instance" else (pool, 1)
+            if one.values >= least * len(mean) > 0:
+                # Instance norm has no variance for samples of one position.
+                new = convention(mean, var, one.values)
+                found[i] = found[i].merge(new) if i in found else new
+        nothing = Moments.none(self._between).split(self._sizes)
+        parts = [found.get(i, none) for i, none in enumerate(nothing)]
+        of_batch = Moments.joined(parts)
+        self._spread = self._spread.add(of_batch)
+        self._moments = self._moments.merge(of_batch)
+
+    def merge(self, other: Pools) -> None:
+        """Add what the same layers received on another rank."""
+        self.samples = [a + b for a, b in zip(self.samples, other.samples, strict=True)]
+        self.calls = [a + b for a, b in zip(self.calls, other.calls, strict=True)]
+        self._spread = self._spread.merge(other._spread, self._between)
+        self._moments = self._moments.merge(other._moments)
+
+    def error(self) -> float | None:
+        """Return the largest error of a layer that was reached; None before it can be told."""
+        errors = [one.error() for one in self if one.calls]
+        known = [error for error in errors if error is not None]
+        return max(known) if known and len(known) == len(errors) else None
+
     # ------------------------------------------------------------------ as numbers
 
     def to_vector(self) -> Tensor:
-        """Return all of it as one vector, float64, of a length that the layer alone decides."""
-        c = self.layer.module.get_buffer("running_mean").numel()
-        if self.statistics is None or self.spread is None:
-            of_spread = [0, 0, 0.0]
-            rows = torch.zeros(8, c, dtype=torch.float64)
-        else:
-            n, mean, third = self.statistics.parts()
-            of_spread = [n, self.spread.batches, self.spread.weight]
-            rows = torch.stack((mean, third, self.spread.origin, *self.spread.sums))
-        counts = [self.samples, self.calls, self.counted, *of_spread]
-        return torch.cat((torch.tensor(counts, dtype=torch.float64), rows.flatten()))
+        """Return all of it as one vector, float64, of a length that the layers alone decide."""
+        counts = torch.tensor([*self.samples, *self.calls, *self.counted], dtype=torch.float64)
+        moments, spread = self._moments, self._spread
+        rows = (moments.n, moments.mean, moments.m, spread.origin, spread.batches, *spread.sums)
+        return torch.cat((counts, *rows))
+
+    @property
+    def length(self) -> int:
+        """The length of that vector."""
+        return 3 * len(self.layers) + 11 * len(self._between)
 
     @classmethod
-    def of_vector(cls, layer: NormLayer, vector: Tensor) -> Pool:
+    def of_vector(cls, layers: Sequence[NormLayer], vector: Tensor) -> Pools:
         """Return what `to_vector` made a vector of."""
-        counts, rows = vector[:_COUNTS].tolist(), vector[_COUNTS:].reshape(8, -1)
-        samples, calls, counted, n, batches, weight = counts
-        made = cls(layer, samples=int(samples), calls=int(calls), counted=int(counted))
-        if n:
-            kind = Averages if made._by_sample else Moments
-            made.statistics = kind(int(n), rows[0], rows[1])
-            made.spread = Spread(rows[2], int(batches), weight, rows[3:])
+        made, k = cls(layers), len(layers)
+        counts = [int(x) for x in vector[: 3 * k].tolist()]
+        made.samples, made.calls, made.counted = counts[:k], counts[k : 2 * k], counts[2 * k :]
+        n, mean, m, origin, batches, *sums = vector[3 * k :].reshape(11, -1)
+        made._moments = Moments(n, mean, m, made._between)
+        made._spread = Spread(origin, batches, torch.stack(sums))
         return made
 
 
-def vector_length(layer: NormLayer) -> int:
-    """Return the length of the vector that `Pool.to_vector` makes."""
-    return _COUNTS + 8 * layer.module.get_buffer("running_mean").numel()
+def _tracked(layer: NormLayer) -> int:
+    tracked = layer.num_batches_tracked
+    return 0 if tracked is None else int(tracked)
 
 
-def worst_error(pools: Iterable[Pool]) -> float | None:
-    """Return the largest error of any layer that was reached; None before it can be told."""
-    errors = [pool.error() for pool in pools if pool.calls]
-    if not errors or None in errors:
-        return None
-    return max((e for e in errors if e is not None), default=math.nan)
+def _read(received: Sequence[Normalization], batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield mean and variance of each group, (G, C): of all layers in one go, for each waits."""
+    if not received:
+        return
+    shapes = [one.moments.shape[1:] for one in received]
+    mean, var = read(torch.cat([one.moments.flatten(1) for one in received], 1))
+    if not (mean.isfinite() & var.isfinite()).all():
+        for one in received:
+            _refuse_non_finite(one, batch)
+    sizes = [groups * channels for groups, channels in shapes]
+    parts = zip(torch.split(mean, sizes), torch.split(var, sizes), shapes, strict=True)
+    for part_mean, part_var, shape in parts:
+        yield part_mean.view(shape), part_var.view(shape)
+
+
+def _refuse_non_finite(received: Normalization, batch: int) -> None:
+    """Raise when a channel of what the layer received has no finite mean and variance."""
+    mean, var = read(received.moments)
+    broken = ~(mean.isfinite() & var.isfinite()).all(0)  # (C,)
+    if broken.any():
+        channels = broken.nonzero().flatten().tolist()
+        raise CalibrationError(
+            f"batch {batch}: {received.layer.path} receives NaN, infinity or values too large to "
+            f"square, in {len(channels)} of {len(broken)} channels, first channel {channels[0]}",
+            help="look at that batch, and at the layers before; nothing was changed",
+        )

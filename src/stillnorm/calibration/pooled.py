@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stillnorm.calibration.data import Data, Pools, pools_of, take
-from stillnorm.calibration.pool import Pool, vector_length
+from stillnorm.calibration.data import Data
+from stillnorm.calibration.pool import Pool, Pools
 from stillnorm.calibration.progress import Progress
 from stillnorm.calibration.ranks import Ranks
 from stillnorm.errors import CalibrationError
@@ -47,7 +47,7 @@ def pooled_pass(model: nn.Module, layers: Sequence[NormLayer], data: Data, ranks
     """
 
     def work() -> Tensor:
-        pools = pools_of(layers)
+        pools = Pools(layers)
         batches, samples = 0, 0
         by_batch = train_by_input(model, layers)
         with running(
@@ -55,10 +55,10 @@ def pooled_pass(model: nn.Module, layers: Sequence[NormLayer], data: Data, ranks
         ) as run:
             for batch in data.each():
                 _, seen = run(batch)
-                take(pools, seen, batches)
+                pools.take(seen, batches)
                 batches += 1
                 samples += seen[0].samples if seen else 0
-                error = data.error(pools.values())
+                error = data.error(pools)
                 data.tell(Progress(batches, samples, 0, len(layers), error))
                 if data.is_enough(batches, error, ranks.size):
                     break
@@ -70,12 +70,12 @@ def pooled_pass(model: nn.Module, layers: Sequence[NormLayer], data: Data, ranks
 def pack(batches: int, samples: int, pools: Pools) -> Tensor:
     """Return what one rank has gathered as one vector."""
     counts = torch.tensor([batches, samples], dtype=torch.float64)
-    return torch.cat((counts, *(pool.to_vector() for pool in pools.values())))
+    return torch.cat((counts, pools.to_vector()))
 
 
 def packed_length(layers: Sequence[NormLayer]) -> int:
     """Return the length of that vector."""
-    return 2 + sum(map(vector_length, layers))
+    return 2 + Pools(layers).length
 
 
 def unpack(layers: Sequence[NormLayer], vectors: Sequence[Tensor]) -> Pass:
@@ -84,22 +84,13 @@ def unpack(layers: Sequence[NormLayer], vectors: Sequence[Tensor]) -> Pass:
     Raises:
         CalibrationError: There was no batch on any rank.
     """
-    lengths = [vector_length(layer) for layer in layers]
-    ranks = [
-        [
-            Pool.of_vector(*part)
-            for part in zip(layers, torch.split(vector[2:], lengths), strict=True)
-        ]
-        for vector in vectors
-    ]
-    pools = ranks[0]
-    for others in ranks[1:]:
-        for pool, other in zip(pools, others, strict=True):
-            pool.merge(other)
+    pools, *others = (Pools.of_vector(layers, vector[2:]) for vector in vectors)
+    for other in others:
+        pools.merge(other)
     batches, samples = (int(sum(vector[i] for vector in vectors)) for i in (0, 1))
     if batches == 0:
         raise CalibrationError(
             "there is no batch in batches=",
             help="an iterator can be read only once: give the DataLoader or the list itself",
         )
-    return Pass(pools, batches, samples)
+    return Pass(list(pools), batches, samples)

@@ -135,9 +135,9 @@ def recalibrate(
     else:
         gathered = Pass([], batches=0, samples=0)
     changes = [
-        Change.of(pool, statistics)
+        Change.of(pool, moments)
         for pool in gathered.pools
-        if (statistics := pool.estimate()) is not None
+        if (moments := pool.estimate()) is not None
     ]
     refused = tuple(
         (pool.layer.path, "received at most one value per channel, which has no variance")

@@ -12,6 +12,7 @@ last pass, in eval mode, measures all layers again: what is not the fixed point 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillnorm.calibration.data import Data, pools_of, take
-from stillnorm.calibration.moments import Statistics
-from stillnorm.calibration.pool import Pool
+from stillnorm.calibration.data import Data
+from stillnorm.calibration.moments import Moments
+from stillnorm.calibration.pool import Pool, Pools
 from stillnorm.calibration.pooled import Pass, pack, packed_length, unpack
 from stillnorm.calibration.progress import Progress
 from stillnorm.calibration.ranks import Ranks
@@ -67,7 +68,7 @@ class _Batch:
     value: object
     tape: Tape | None = None
     nbytes: int = 0
-    calls: dict[nn.Module, int] = field(default_factory=dict)
+    calls: Counter[nn.Module] = field(default_factory=Counter)
 
 
 def sequential_pass(
@@ -123,20 +124,20 @@ class _Stages:
         depends = [0] * len(self.layers)
 
         def work() -> Tensor:
-            pools = pools_of(self.layers)
+            pools = Pools(self.layers)
             by_batch = train_by_input(self.model, self.layers)
             self.room = int(_SHARE * free_bytes(device_of(self.model)))
             with training_by_input(by_batch):
                 for index, value in enumerate(self.data.each()):
                     batch = _Batch(index, value, Tape(copied(value)))
                     seen, replay = self.forward(batch, self.layers, by_batch)
-                    batch.calls = replay.calls
+                    batch.calls = Counter(one.layer.module for one in seen)
                     for i, layer in enumerate(self.layers):
                         depends[i] |= replay.depends[layer.module]
                     self.batches.append(batch)
-                    take(pools, seen, index)
+                    pools.take(seen, index)
                     self.samples += seen[0].samples if seen else 0
-                    self.error = self.data.error(pools.values())
+                    self.error = self.data.error(pools)
                     self.tell()
                     if self.data.is_enough(len(self.batches), self.error, self.ranks.size):
                         break
@@ -166,11 +167,11 @@ class _Stages:
         """Measure what the layers receive, over all batches of all ranks."""
 
         def work() -> Tensor:
-            pools = pools_of(layers)
+            pools = Pools(layers)
             for batch in self.batches:
                 if any(layer.module in batch.calls for layer in layers):
                     seen, _ = self.forward(batch, layers, ())
-                    take(pools, seen, batch.index)
+                    pools.take(seen, batch.index)
                     self.tell()
             return pack(len(self.batches), self.samples, pools)
 
@@ -202,7 +203,7 @@ class _Stages:
     ) -> tuple[list[Normalization], Replay]:
         """Run one batch until the layers have been measured; go on where its tape ends."""
         unsettled = {module: bit for module, bit in self.bit.items() if not bit & self.settled}
-        calls = sum(batch.calls.get(layer.module, 0) for layer in layers) if batch.calls else -1
+        calls = sum(batch.calls[layer.module] for layer in layers) if batch.calls else -1
         self.runs += 1
 
         def on(tape: Tape | None) -> tuple[list[Normalization], Replay]:
@@ -240,13 +241,13 @@ class _Stages:
 
 def _give(pool: Pool) -> None:
     """Let the layer normalise by what it has received."""
-    if (statistics := pool.estimate()) is not None:
+    if (moments := pool.estimate()) is not None:
         layer = pool.layer.module
-        write(layer.get_buffer("running_mean"), statistics.mean)
-        write(layer.get_buffer("running_var"), statistics.variance())
+        write(layer.get_buffer("running_mean"), moments.mean)
+        write(layer.get_buffer("running_var"), moments.variance())
 
 
-def _distance(one: Statistics, other: Statistics, eps: float) -> float:
+def _distance(one: Moments, other: Moments, eps: float) -> float:
     """Return how far two estimates lie apart: in deviations, and relative to the variance."""
     var = one.variance() + eps
     mean = (one.mean - other.mean).abs() / var.sqrt()

@@ -16,103 +16,98 @@ q = v_b + a², both influences are linear in a and q:
     on μ:     n_b (a - a̅) / n
     on σ²:    n_b ((q - q̅) - 2 a̅ (a - a̅)) / n
 
+For instance norms, whose variance is an average over samples, q = v_b and the last term is absent.
+
 Source: Flegal, Haran & Jones 2008, "Markov chain Monte Carlo: can we trust the third significant
 figure?", for batch means; Cochran 1977, "Sampling Techniques", 6.3, for ratios.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from stillnorm.calibration.moments import Moments
+
 
 @dataclass(frozen=True, eq=False)
 class Spread:
-    """Sums over batches, each weighted with n_b².
+    """Sums over batches, of one layer or of several after each other.
 
     Args:
-        origin: r, (C,), float64.
-        batches: B.
-        weight: Σ n_b².
-        sums: Σ n_b² (a, q, a², a q, q²), (5, C), float64.
+        origin: r, (C,); anything where there is no batch.
+        batches: B, (C,).
+        sums: Σ n_b² (1, a, q, a², a q, q²), (6, C).
     """
 
     origin: Tensor
-    batches: int
-    weight: float
+    batches: Tensor
     sums: Tensor
 
     @classmethod
-    def of(cls, origin: Tensor, n: int, mean: Tensor, q: Tensor) -> Spread:
-        """Return the sums of one batch of n values.
+    def none(cls, channels: int) -> Self:
+        """Return the sums over no batches."""
+        zero = torch.zeros(channels, dtype=torch.float64)
+        return cls(zero, zero, zero.expand(6, -1))
 
-        Args:
-            origin: r, (C,).
-            n: n_b.
-            mean: μ_b, (C,).
-            q: v_b + (μ_b - r)², (C,).
-        """
-        a = mean - origin
-        w = float(n) ** 2
-        return cls(origin, 1, w, w * torch.stack((a, q, a * a, a * q, q * q)))
+    def split(self, sizes: Sequence[int]) -> list[Spread]:
+        """Return those of each layer, given their numbers of channels."""
+        parts = (
+            torch.split(rows, list(sizes), -1) for rows in (self.origin, self.batches, self.sums)
+        )
+        return [Spread(*part) for part in zip(*parts, strict=True)]
 
-    def merge(self, other: Spread, squares: bool) -> Spread:
+    def add(self, batch: Moments) -> Spread:
+        """Return the sums with one batch more; where it has no values, as they were."""
+        there = (batch.n > 0).to(batch.n)
+        origin = torch.where(self.batches > 0, self.origin, batch.mean)
+        a = batch.mean - origin
+        q = batch.biased_variance() + batch.between * a * a
+        terms = torch.stack((torch.ones_like(a), a, q, a * a, a * q, q * q))
+        return Spread(origin, self.batches + there, self.sums + batch.n.square() * terms)
+
+    def merge(self, other: Spread, between: Tensor) -> Spread:
         """Return the sums of both, about this one's origin.
 
         Args:
             other: The other sums.
-            squares: Whether q contains a², which then moves with the origin.
+            between: As in `Moments`: whether q contains a², which then moves with the origin.
         """
-        moved = other.sums
-        d = other.origin - self.origin
-        if d.any():
-            a, q, aa, aq, qq = other.sums
-            w = other.weight
-            # a + d, and q + 2 d a + d² where q contains a²
-            k, c = (2 * d, d * d) if squares else (torch.zeros_like(d), torch.zeros_like(d))
-            moved = torch.stack(
-                (
-                    a + d * w,
-                    q + k * a + c * w,
-                    aa + 2 * d * a + d * d * w,
-                    aq + k * aa + c * a + d * (q + k * a + c * w),
-                    qq + k * k * aa + c * c * w + 2 * (k * aq + c * q + k * c * a),
-                )
+        origin = torch.where(self.batches > 0, self.origin, other.origin)
+        # a + d, and q + k a + c
+        d = torch.where(other.batches > 0, other.origin - origin, 0)
+        k, c = 2 * between * d, between * d * d
+        w, a, q, aa, aq, qq = other.sums
+        moved = torch.stack(
+            (
+                w,
+                a + d * w,
+                q + k * a + c * w,
+                aa + 2 * d * a + d * d * w,
+                aq + k * aa + c * a + d * (q + k * a + c * w),
+                qq + k * k * aa + c * c * w + 2 * (k * aq + c * q + k * c * a),
             )
-        return Spread(
-            self.origin,
-            self.batches + other.batches,
-            self.weight + other.weight,
-            self.sums + moved,
         )
+        return Spread(origin, self.batches + other.batches, self.sums + moved)
 
-    def standard_errors(
-        self, n: int, mean: Tensor, var: Tensor, squares: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """Return the standard errors of mean and variance, (C,) each; None of a single batch.
+    def standard_errors(self, moments: Moments) -> tuple[Tensor, Tensor]:
+        """Return the standard errors of mean and variance, (C,) each; NaN of a single batch.
 
         Args:
-            n: The number of values in all batches.
-            mean: μ, (C,).
-            var: σ², biased, (C,).
-            squares: Whether q contains a².
+            moments: Those of all batches.
         """
-        if self.batches < 2:
-            return None
-        a_bar = mean - self.origin
-        q_bar = var + a_bar * a_bar if squares else var
-        k = 2 * a_bar if squares else torch.zeros_like(a_bar)
-        a, q, aa, aq, qq = self.sums
-        w = self.weight
+        w, a, q, aa, aq, qq = self.sums
+        a_bar = moments.mean - self.origin
+        q_bar = moments.biased_variance() + moments.between * a_bar * a_bar
+        k = 2 * moments.between * a_bar
         s_aa = aa - 2 * a_bar * a + a_bar * a_bar * w
         s_aq = aq - a_bar * q - q_bar * a + a_bar * q_bar * w
         s_qq = qq - 2 * q_bar * q + q_bar * q_bar * w
-        of_mean = s_aa
+        scale = self.batches / (self.batches - 1) / moments.n.square()
+        scale = torch.where(self.batches > 1, scale, torch.nan)
         of_var = s_qq - 2 * k * s_aq + k * k * s_aa
-        scale = self.batches / (self.batches - 1) / n**2
-        return (
-            (scale * of_mean.clamp_min(0)).sqrt(),
-            (scale * of_var.clamp_min(0)).sqrt(),
-        )
+        return (scale * s_aa.clamp_min(0)).sqrt(), (scale * of_var.clamp_min(0)).sqrt()

@@ -123,7 +123,6 @@ class Replay(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.depends: dict[nn.Module, int] = dict.fromkeys(unsettled, 0)
-        self.calls: dict[nn.Module, int] = {}
         self._tape = tape
         self._unsettled = unsettled
         self._is_enough = is_enough
@@ -149,7 +148,6 @@ class Replay(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: Any) -> None:
         if module in self._unsettled:
             self._inside.append(module)
-            self.calls[module] = self.calls.get(module, 0) + 1
             with torch._C.DisableTorchFunction():
                 self.depends[module] |= self._bits_of(tensors_in(args))
 
