@@ -44,10 +44,12 @@ def by_kernel(kernel: Kernel) -> tuple[Any, Tensor]:
 
 def _given(kernel: Kernel, moments: Tensor) -> Kernel:
     """Return the call normalising by the moments, in their precision."""
-    m, r, var = moments[:, 0]
+    mean, var = moments[0, 0] + moments[1, 0], moments[2, 0]
     affine = {
-        name: None if (given := kernel.arguments.get(name)) is None else given.to(m.dtype)
+        name: given.to(mean.dtype)
         for name in ("weight", "bias")
+        if (given := kernel.arguments.get(name)) is not None and given.dtype != mean.dtype
     }
-    precise = Kernel(kernel.function, {**kernel.arguments, **affine}, kernel.statistics)
-    return precise.by_running(m + r, var)
+    if affine:
+        kernel = Kernel(kernel.function, {**kernel.arguments, **affine}, kernel.statistics)
+    return kernel.by_running(mean, var)

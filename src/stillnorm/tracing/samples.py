@@ -72,20 +72,24 @@ def batch_moments(x: Tensor) -> Tensor:
     """
     x = _pieces(x.detach())
     wide = torch.promote_types(x.dtype, torch.float32)
-    # Another device would have to be waited for to know whether the first chunk was far off.
-    part = x[: max(1, _CHUNK * len(x) // x.numel())] if x.device.type == "cpu" else x
-    m, r, var = around = _around(x, part.mean(2, dtype=wide).mean(0))
-    if len(part) < len(x) and (r.square() > _FAR * var).any():
-        around = _around(x, m + r)
+    if x.numel() <= _CHUNK or x.device.type != "cpu":
+        return _around(x, x.mean((0, 2), dtype=wide)).unsqueeze(1)
+    # Another device would have to be waited for to know whether the first chunk is far off.
+    around = _around(x, x[: max(1, _CHUNK * len(x) // x.numel())].mean((0, 2), dtype=wide))
+    if (around[1].square() > _FAR * around[2]).any():
+        around = _around(x, around[0] + around[1])
     return around.unsqueeze(1)
 
 
 def _around(x: Tensor, m: Tensor) -> Tensor:
     """Return m, r and var of the pieces x, (P, C, K), for any m near their mean, (3, C)."""
-    sums = [torch.stack((d.sum(2), d.square_().sum(2))) for d in _deviations(x, m[:, None])]
-    r, square = torch.cat(sums, dim=1).sum(1).div_(x.shape[0] * x.shape[2])
-    var = square.addcmul_(r, r, value=-1).clamp_min_(0)
-    return torch.stack((m, r, var))
+    sums = [(d.sum(2), d.square_().sum(2)) for d in _deviations(x, m[:, None])]
+    if len(sums) == 1:
+        r, square = sums[0][0].mean(0), sums[0][1].mean(0)
+    else:
+        r, square = (torch.cat(parts).mean(0) for parts in zip(*sums, strict=True))
+    r, square = r / x.shape[2], square / x.shape[2]
+    return torch.stack((m, r, square.addcmul_(r, r, value=-1).clamp_min_(0)))
 
 
 def _pieces(x: Tensor) -> Tensor:
