@@ -102,7 +102,12 @@ class ZeroMomentum(Chapter):
                 ("eval ", Span(percent(self.eval), "error")),
                 "",
             ),
-            ("sn.recalibrate(net, train_set)", "", f"eval {percent(self.recalibrated)}", "rescued"),
+            (
+                "sn.recalibrate(net, train_set)",
+                "",
+                f"eval {percent(self.recalibrated)}",
+                f"rescued; known to {number(self.recalibration.standard_error or 0)} sigma",
+            ),
             (
                 "next time: sn.freeze(net), lr / 10",
                 "",
