@@ -94,3 +94,14 @@ def test_sync_batch_norm_normalises_by_the_ranks_own_batch(ranks: Ranks) -> None
         assert same_bits(rank["synced"], rank["pooled"]["state"])
     assert any(isinstance(m, nn.SyncBatchNorm) for m in nn.SyncBatchNorm.convert_sync_batchnorm(
         layers.conv_net()).modules())  # fmt: skip
+
+
+def test_sharded_models(ranks: Ranks) -> None:
+    net, everything = layers.conv_net(), workers.ragged_batches()
+    recalibrate(net, iter([everything[r + i] for r in range(len(ranks)) for i in (0, 1)]))
+    for rank in ranks:
+        assert "fully_shard has distributed the model" in rank["sharded"]["refused"]
+        assert same_bits(rank["sharded"]["state"], ranks[0]["sharded"]["state"])
+    for name, buffer in net.named_buffers():
+        got = ranks[0]["sharded"]["state"][name]
+        torch.testing.assert_close(got, buffer, rtol=1e-6, atol=1e-7)

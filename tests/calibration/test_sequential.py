@@ -58,7 +58,9 @@ def test_the_fixed_point() -> None:
     report = settled(net, batches())
     assert [layer.path for layer in report.layers] == ["1", "3.1", "6"]
     assert [layer.count for layer in report.layers] == [396, 396, 11]
-    assert report.shared == report.unreached == report.held == report.refused == ()
+    assert (
+        report.shared == report.circular == report.unreached == report.held == report.refused == ()
+    )
     assert report.method == "sequential"
 
 
@@ -277,14 +279,27 @@ class Again(nn.Module):
 def test_a_layer_after_itself_has_no_fixed_point_and_is_pointed_at() -> None:
     net, data = Again(), batches()
     report = recalibrate(net, data, method="sequential")
-    assert report.shared == ("twice",)
+    assert report.shared == report.circular == ("twice",)
     assert len(report.layers) == 3
     with recording(net.eval()) as received, torch.no_grad():
         for x in data:
             net(x)
     received.pop(net.twice)
     assert_exact(received)
-    assert "twice" in str(report)
+    assert "no fixed point: twice" in str(report)
+
+
+def test_layers_that_depend_on_each_other_are_pointed_at() -> None:
+    net = Net(lambda net, x: net.c(net.b(net.a(x)) if len(x) % 2 else net.a(net.b(x))))
+    data = batches()
+    report = recalibrate(net, data, method="sequential")
+    assert report.circular == ("a",)
+    assert report.shared == ()
+    with recording(net.eval()) as received:
+        for x in data:
+            net(x)
+    received.pop(net.a)
+    assert_exact(received)
 
 
 # ------------------------------------------------------------------ what is left alone

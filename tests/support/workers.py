@@ -257,7 +257,24 @@ def recalibrating(rank: int) -> dict[str, Any]:
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(layers.conv_net())
     sn.recalibrate(synced, mine)
     seen["synced"] = tensors(synced)
+    seen["sharded"] = _sharded([everything[rank], everything[rank + 1]])
     return seen
+
+
+def _sharded(batches: list[Tensor]) -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    net = layers.conv_net()
+    fully_shard(net[3])
+    fully_shard(net)
+    before = {name: bits(buffer) for name, buffer in net.named_buffers()}
+    refused = _outcome(lambda: sn.recalibrate(net, batches, method="sequential"))
+    same = before == {name: bits(buffer) for name, buffer in net.named_buffers()}
+    sn.recalibrate(net, batches)
+    return {
+        "refused": refused if same else "changed",
+        "state": {name: buffer.clone() for name, buffer in net.named_buffers()},
+    }
 
 
 @contextlib.contextmanager

@@ -29,13 +29,13 @@ class Pass:
         pools: One for each layer; empty for one that was not reached.
         batches: The number of batches.
         samples: The number of samples in them, as the first norm of each forward counts them.
-        again: Layers that were given their own output again, directly or through others.
+        circular: Layers whose input depends on their own statistics.
     """
 
     pools: list[Pool]
     batches: int
     samples: int
-    again: tuple[NormLayer, ...] = ()
+    circular: tuple[NormLayer, ...] = ()
 
 
 def pooled_pass(model: nn.Module, layers: Sequence[NormLayer], data: Data, ranks: Ranks) -> Pass:

@@ -58,8 +58,8 @@ def recalibrate(
       does not depend on how the samples are divided.
 
     A layer used at several places gets the moments of all of them together, which may fit none; it
-    is listed in `.shared`. Where it is given what comes of its own output, there is no fixed point:
-    "sequential" takes the pooled moments of such a layer as they come out first.
+    is listed in `.shared`. A layer that is given what comes of its own output has no fixed point:
+    "sequential" takes what it received first, and lists it in `.circular`.
 
     Args:
         model: The model, in whatever mode.
@@ -87,7 +87,7 @@ def recalibrate(
     Raises:
         CalibrationError: There is no batch; or a layer receives NaN or infinity, or statistics that
             its dtype cannot hold; or another rank failed; or, with "sequential", the model computes
-            something else each time.
+            something else each time, or is distributed by `fully_shard`.
         BatchError: A batch does not fit the model, or the forward raised.
         SelectorError: `layers` matches nothing.
         StateError: The model has lazy modules.
@@ -149,6 +149,7 @@ def recalibrate(
         unreached=tuple(pool.layer.path for pool in gathered.pools if not pool.calls),
         held=tuple(layer.path for layer in targets.held),
         shared=tuple(pool.layer.path for pool in gathered.pools if pool.is_shared),
+        circular=tuple(layer.path for layer in gathered.circular),
         refused=targets.refused + refused,
         method=method,
         batches=gathered.batches,

@@ -95,6 +95,9 @@ class RecalibrationReport:
         held: Paths of held layers, left alone because they were not named.
         shared: Paths of layers that were called more than once in a forward: one set of statistics
             for all that they receive.
+        circular: Paths of layers whose input in eval mode depends on their own statistics, of the
+            method "sequential": there is no fixed point, and they have the moments of what they
+            received first.
         refused: (path, reason) of layers that cannot be recalibrated.
         method: "pooled" or "sequential".
         batches: The number of batches.
@@ -105,6 +108,7 @@ class RecalibrationReport:
     unreached: tuple[str, ...]
     held: tuple[str, ...]
     shared: tuple[str, ...]
+    circular: tuple[str, ...]
     refused: tuple[tuple[str, str], ...]
     method: Method
     batches: int
@@ -155,6 +159,7 @@ class RecalibrationReport:
             )
         for label, paths in (
             ("used at several places, one set of statistics for all", self.shared),
+            ("given what comes of their own output, no fixed point", self.circular),
             ("not reached", self.unreached),
             ("held, left alone", self.held),
         ):

@@ -39,6 +39,7 @@ from stillnorm.tracing import (
     copied,
     device_of,
     free_bytes,
+    is_sharded,
     looking,
     train_by_input,
     training_by_input,
@@ -77,10 +78,16 @@ def sequential_pass(
     """Settle the layers one after another.
 
     Raises:
-        CalibrationError: There is no batch; a layer receives NaN or infinity; or what the model
-            computes changes from run to run.
+        CalibrationError: The model is sharded; there is no batch; a layer receives NaN or infinity;
+            or what the model computes changes from run to run.
         BatchError: A batch does not fit, or the forward raised.
     """
+    if is_sharded(model):
+        raise CalibrationError(
+            "fully_shard has distributed the model: its units gather their weights with every "
+            "forward, and one that stops halfway leaves them waiting",
+            help='method="pooled", with as many batches on every rank',
+        )
     return _Stages(model, layers, data, ranks).run()
 
 
@@ -105,19 +112,19 @@ class _Stages:
             final = list(first.pools)
             for pool in first.pools:
                 _give(pool)
-            again: list[NormLayer] = []
+            circular: list[NormLayer] = []
             while ready := self.ready(depends):
                 layers = [self.layers[i] for i in ready]
                 if not all(self.is_clear(depends[i]) for i in ready):
-                    again += layers
-                if self.settled or again:
+                    circular += layers
+                if self.settled or circular:
                     for i, pool in zip(ready, self.stage(layers), strict=True):
                         final[i] = pool
                         _give(pool)
                 for i in ready:
                     self.settled |= 1 << i
-            self.check(final, again)
-        return Pass(final, first.batches, first.samples, tuple(again))
+            self.check(final, circular)
+        return Pass(final, first.batches, first.samples, tuple(circular))
 
     def first(self) -> tuple[Pass, list[int]]:
         """Run the pooled pass and return what it gathered, and what each layer depends on."""
@@ -177,12 +184,12 @@ class _Stages:
 
         return unpack(layers, self.ranks.gathered(work, packed_length(layers))).pools
 
-    def check(self, final: Sequence[Pool], again: Sequence[NormLayer]) -> None:
+    def check(self, final: Sequence[Pool], circular: Sequence[NormLayer]) -> None:
         """Measure all layers in eval mode and compare."""
         for batch in self.batches:
             batch.tape = None
         self.settled = -1
-        layers = [pool.layer for pool in final if pool.layer not in again and pool.estimate()]
+        layers = [pool.layer for pool in final if pool.layer not in circular and pool.estimate()]
         expected = {pool.layer: pool for pool in final}
         for pool in self.stage(layers):
             want, got = expected[pool.layer].estimate(), pool.estimate()

@@ -172,8 +172,17 @@ def _alone(model: nn.Module) -> Iterator[None]:
 def _reshard(model: nn.Module) -> None:
     """Give back the weights that `fully_shard` gathers in forward and keeps for a backward."""
     for module in model.modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+        if _is_unit(module):
             module.reshard()  # type: ignore[operator]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether `fully_shard` has distributed weights of the model over ranks."""
+    return any(map(_is_unit, model.modules()))
+
+
+def _is_unit(module: nn.Module) -> bool:
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 def train_by_input(model: nn.Module, norms: Collection[NormLayer]) -> tuple[NormLayer, ...]:
