@@ -86,3 +86,16 @@ def test_json_is_data() -> None:
     assert data["layers"][0]["path"] == "1"
     assert len(data["layers"][0]["mean_after"]) == 4
     assert not [key for key in data if key.startswith("_")]
+
+
+def test_the_page_has_a_bar_for_every_layer_and_the_channels_of_the_worst() -> None:
+    net = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(14)))
+    page = recalibrate(net, torch.randn(32, 3) + 1).to_html()
+    assert page.count('class="bar') >= 28, "mean and variance of fourteen layers"
+    assert page.count("<path") >= 6, "the channels of six"
+    assert "nan" not in page.lower()
+
+
+def test_a_page_of_nothing_and_of_constant_channels() -> None:
+    assert "0 layers recalibrated" in recalibrate(nn.Linear(2, 2), torch.randn(4, 2)).to_html()
+    assert "nan" not in recalibrate(nn.BatchNorm1d(2), torch.ones(8, 2)).to_html().lower()
