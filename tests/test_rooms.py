@@ -23,6 +23,7 @@ ORDER = (
     ("tracing",),
     ("folding",),
     ("freezing", "calibration"),
+    ("repair",),
     ("diagnosis",),
     ("cli", "demo"),
     ("__main__",),

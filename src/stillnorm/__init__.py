@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stillnorm.freezing import freeze as freeze
     from stillnorm.freezing import is_frozen as is_frozen
     from stillnorm.freezing import unfreeze as unfreeze
+    from stillnorm.repair import split_shared as split_shared
     from stillnorm.state import Snapshot as Snapshot
     from stillnorm.state import eval_mode as eval_mode
     from stillnorm.state import no_updates as no_updates
@@ -42,6 +43,7 @@ _ROOM_OF = {
     "no_updates": "state",
     "preserved": "state",
     "recalibrate": "calibration",
+    "split_shared": "repair",
     "snapshot": "state",
     "unfreeze": "freezing",
 }

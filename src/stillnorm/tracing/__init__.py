@@ -5,6 +5,7 @@ from stillnorm.tracing.batches import copied as copied
 from stillnorm.tracing.batches import each_batch as each_batch
 from stillnorm.tracing.batches import first_line as first_line
 from stillnorm.tracing.batches import first_tensor as first_tensor
+from stillnorm.tracing.batches import tensors_in as tensors_in
 from stillnorm.tracing.calling import Forward as Forward
 from stillnorm.tracing.calling import call as call
 from stillnorm.tracing.calling import call_example as call_example
@@ -24,6 +25,8 @@ from stillnorm.tracing.replay import Replay as Replay
 from stillnorm.tracing.replay import Tape as Tape
 from stillnorm.tracing.samples import read as read
 from stillnorm.tracing.site import Site as Site
+from stillnorm.tracing.site import calling_site as calling_site
 from stillnorm.tracing.trace import Call as Call
 from stillnorm.tracing.trace import Trace as Trace
 from stillnorm.tracing.trace import trace as trace
+from stillnorm.tracing.visits import visits as visits

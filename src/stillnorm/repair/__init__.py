@@ -1,0 +1,5 @@
+"""Repairing what `check` finds: model surgery that is planned, all or nothing, and undoable."""
+
+from stillnorm.repair.per_call import SplitNorm as SplitNorm
+from stillnorm.repair.report import SplitReport as SplitReport
+from stillnorm.repair.split import split_shared as split_shared

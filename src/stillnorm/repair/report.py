@@ -1,0 +1,68 @@
+"""What an operation on a model's layers did, and the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from stillnorm.calibration import RecalibrationReport
+from stillnorm.repair.surgery import Surgery
+from stillnorm.reports import Block, Document, Line, Table, text
+from stillnorm.reports.json import dumps
+from stillnorm.reports.numbers import count
+from stillnorm.reports.refusals import refusal_rows
+
+
+@dataclass(frozen=True)
+class Split:
+    """One layer that was split.
+
+    Args:
+        path: Its path.
+        paths: All its paths.
+        calls: How often it was called in one forward.
+        norms: The number of norms that do its work now.
+    """
+
+    path: str
+    paths: tuple[str, ...]
+    calls: int
+    norms: int
+
+
+@dataclass(frozen=True, eq=False)
+class SplitReport:
+    """What `split_shared` did.
+
+    Args:
+        split: The layers that were split.
+        refused: (path, reason) of layers that are called several times and were left alone.
+        recalibration: The statistics of the new norms; None where nothing was split.
+    """
+
+    split: tuple[Split, ...]
+    refused: tuple[tuple[str, str], ...]
+    recalibration: RecalibrationReport | None
+    _surgery: Surgery = field(repr=False)
+
+    def undo(self) -> None:
+        """Put the shared layers back, the same objects with the statistics that they had."""
+        self._surgery.undo()
+
+    def document(self) -> Document:
+        """Return the report as a document."""
+        blocks: list[Block] = []
+        if self.split:
+            rows = tuple(
+                (", ".join(one.paths), str(one.calls), str(one.norms)) for one in self.split
+            )
+            blocks += [Line(""), Table(("split", "calls", "norms now"), rows, "lrr")]
+        if self.refused:
+            blocks += [Line(""), Table(("refused", "because"), refusal_rows(self.refused), "ll")]
+        return Document(f"{count(len(self.split), 'shared layer')} split", tuple(blocks))
+
+    def to_json(self) -> str:
+        """Return the report as JSON."""
+        return dumps(self)
+
+    def __str__(self) -> str:
+        return text.write(self.document())

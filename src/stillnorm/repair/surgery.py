@@ -1,0 +1,87 @@
+"""Edits of a model that are taken back in reverse order, at once where anything is raised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+
+class Surgery:
+    """A list of edits, each with what takes it back.
+
+    As a context manager it takes all of them back if the block raises, Ctrl-C included; otherwise
+    they stay until `undo`.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self.undo()
+
+    def undo(self) -> None:
+        """Take all edits back, the last one first."""
+        while self._undo:
+            self._undo[-1]()  # first done, then forgotten: an interruption can be repeated
+            self._undo.pop()
+
+    def note(self, undo: Callable[[], object]) -> None:
+        """Add what takes an edit back, before it is made."""
+        self._undo.append(undo)
+
+    def part(self) -> Surgery:
+        """Return edits that can be taken back alone, and are with these."""
+        made = Surgery()
+        self.note(made.undo)
+        return made
+
+    def set_child(self, parent: nn.Module, name: str, child: nn.Module) -> None:
+        """Put another module in the place of a child."""
+        before = parent._modules[name]
+        self.note(lambda: parent._modules.__setitem__(name, before))
+        parent._modules[name] = child
+
+    def add_pre_hook(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        """Call `hook` before every forward of the module, before its other hooks."""
+        hooks = module._forward_pre_hooks
+        before = dict(hooks)
+
+        def restore() -> None:
+            later = {k: v for k, v in hooks.items() if k not in before and v is not hook}
+            hooks.clear()
+            hooks.update({**before, **later})
+
+        self.note(restore)
+        module.register_forward_pre_hook(hook, prepend=True)
+
+    def set_buffer(self, module: nn.Module, name: str, value: Tensor | None) -> None:
+        """Register a tensor, or nothing, as a buffer."""
+        buffers = module._buffers
+        there, before = name in buffers, buffers.get(name)
+
+        def restore() -> None:
+            if there:
+                buffers[name] = before
+            else:
+                buffers.pop(name, None)
+
+        self.note(restore)
+        buffers[name] = value
+
+    def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set a plain attribute."""
+        before = module.__dict__[name]
+        self.note(lambda: module.__dict__.__setitem__(name, before))
+        module.__dict__[name] = value
