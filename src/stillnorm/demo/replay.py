@@ -67,7 +67,7 @@ class Demo:
                 "003 accuracy in eval",
                 percent(shared["eval"]),
                 percent(shared["one_norm_per_call"]),
-                "one norm per call, sn.recalibrate",
+                "sn.split_shared",
             ),
             (
                 "000 mean IoU in eval",

@@ -49,8 +49,9 @@ class SharedLayer(Rule):
         'shared-layer'
 
     Fix:
-        Advice: write one norm per call, in an `nn.ModuleList` where there are many (a plain list
-        hides them from `eval()` and `state_dict`).
+        Advice: `sn.split_shared(model, batches)` does it without a change to the code. Or write one
+        norm per call, in an `nn.ModuleList` where there are many (a plain list hides them from
+        `eval()` and `state_dict`).
 
     References:
         The PyTorch forum, "What does model.eval() do for batchnorm layer?" (76 % against 10 %);
@@ -82,8 +83,8 @@ class SharedLayer(Rule):
             evidence={"calls": {seen.layer.path: len(seen.sites) for seen in shared}},
             also=", ".join(_also(evidence, seen) for seen in others),
             table=_table(first),
-            help="write one norm per call (nn.ModuleList, never a plain list); recalibration "
-            "alone cannot repair it: there is only one set of statistics to estimate",
+            help="sn.split_shared(model, batches), or write one norm per call; recalibration alone "
+            "cannot repair it: there is only one set of statistics to estimate",
             where=evidence.where(first.layer),
         )
 
