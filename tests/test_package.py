@@ -29,6 +29,8 @@ PUBLIC = {
     "no_updates",
     "preserved",
     "recalibrate",
+    "split_shared",
+    "track_statistics",
     "snapshot",
     "unfreeze",
 }

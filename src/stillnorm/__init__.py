@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stillnorm.freezing import is_frozen as is_frozen
     from stillnorm.freezing import unfreeze as unfreeze
     from stillnorm.repair import split_shared as split_shared
+    from stillnorm.repair import track_statistics as track_statistics
     from stillnorm.state import Snapshot as Snapshot
     from stillnorm.state import eval_mode as eval_mode
     from stillnorm.state import no_updates as no_updates
@@ -44,6 +45,7 @@ _ROOM_OF = {
     "preserved": "state",
     "recalibrate": "calibration",
     "split_shared": "repair",
+    "track_statistics": "repair",
     "snapshot": "state",
     "unfreeze": "freezing",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from stillnorm.calibration import RecalibrationReport
@@ -56,8 +57,7 @@ class SplitReport:
                 (", ".join(one.paths), str(one.calls), str(one.norms)) for one in self.split
             )
             blocks += [Line(""), Table(("split", "calls", "norms now"), rows, "lrr")]
-        if self.refused:
-            blocks += [Line(""), Table(("refused", "because"), refusal_rows(self.refused), "ll")]
+        blocks += left_alone(self.refused)
         return Document(f"{count(len(self.split), 'shared layer')} split", tuple(blocks))
 
     def to_json(self) -> str:
@@ -66,3 +66,9 @@ class SplitReport:
 
     def __str__(self) -> str:
         return text.write(self.document())
+
+
+def left_alone(refused: Iterable[tuple[str, str]]) -> tuple[Block, ...]:
+    """Return the refusals as a table; nothing where there are none."""
+    rows = refusal_rows(refused)
+    return (Line(""), Table(("refused", "because"), rows, "ll")) if rows else ()

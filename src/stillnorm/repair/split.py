@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from stillnorm.calibration import recalibrate
 from stillnorm.errors import CalibrationError, StateError
@@ -18,9 +17,9 @@ from stillnorm.norms import Layers, NormLayer, probe_modes, select
 from stillnorm.repair.calls import CallCounter, Calls, Place, places_of
 from stillnorm.repair.per_call import Restart, SplitNorm, twin
 from stillnorm.repair.report import Split, SplitReport
-from stillnorm.repair.surgery import Surgery
+from stillnorm.repair.surgery import Surgery, refuse_wrapped
 from stillnorm.state import preserved
-from stillnorm.tracing import Forward, copied, each_batch, is_sharded, running, tensors_in
+from stillnorm.tracing import Forward, copied, each_batch, running, tensors_in
 
 Affine = Literal["shared", "private"]
 
@@ -85,7 +84,7 @@ def split_shared(
         >>> net.bn.sites[1].running_mean.min() > 5
         tensor(True)
     """
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     data = each_batch(batches)
     first = next(data, None)
     if first is None:
@@ -228,13 +227,4 @@ def _must_agree(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
         raise StateError(
             "with one norm per call the model computes something else in train mode",
             help="it compares or changes its norm layers as objects; nothing was changed",
-        )
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-    if wrapped or is_sharded(model):
-        raise StateError(
-            "the model is wrapped for distributed training, and the wrapper knows its tensors",
-            help="split first, then wrap",
         )

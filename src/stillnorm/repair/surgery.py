@@ -7,6 +7,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stillnorm.errors import StateError
+from stillnorm.norms import write
+from stillnorm.tracing import is_sharded
 
 
 class Surgery:
@@ -80,8 +85,27 @@ class Surgery:
         self.note(restore)
         buffers[name] = value
 
+    def keep(self, tensor: Tensor) -> None:
+        """Note a tensor's values, which are going to be written."""
+        value = tensor.detach().clone()
+        self.note(lambda: write(tensor, value))
+
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """Set a plain attribute."""
         before = module.__dict__[name]
         self.note(lambda: module.__dict__.__setitem__(name, before))
         module.__dict__[name] = value
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise where a wrapper for distributed training knows the model's tensors.
+
+    Raises:
+        StateError: The model, or a part of it, is wrapped.
+    """
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    if wrapped or is_sharded(model):
+        raise StateError(
+            "the model is wrapped for distributed training, and the wrapper knows its tensors",
+            help="do this first, then wrap",
+        )
