@@ -19,10 +19,13 @@ Received = dict[nn.Module, list[Tensor]]
 def recording(model: nn.Module) -> Iterator[Received]:
     """Record the inputs of every norm layer inside the block."""
     received: Received = {}
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        x = args[0] if args else kwargs["input"]
+        received.setdefault(module, []).append(x.detach().clone())
+
     handles = [
-        module.register_forward_pre_hook(
-            lambda module, args: received.setdefault(module, []).append(args[0].detach().clone())
-        )
+        module.register_forward_pre_hook(note, with_kwargs=True)
         for module in model.modules()
         if isinstance(module, _NormBase)
     ]

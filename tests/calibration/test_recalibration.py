@@ -392,3 +392,27 @@ def test_compiled_models_and_models_in_wrappers() -> None:
     for a, b in zip(net.buffers(), plain.buffers(), strict=True):
         assert torch.equal(a, b)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", ["pooled", "sequential"])
+def test_a_spectral_norm_is_not_moved_by_being_looked_at(method: str) -> None:
+    def made() -> nn.Module:
+        net = conv_net()
+        nn.utils.parametrizations.spectral_norm(net[0])
+        with torch.no_grad():  # u lags, as after a step of the optimizer
+            net[0].parametrizations.weight.original.add_(conv_input(4)[:, :, :3, :3])
+        return net
+
+    training, evaluating = made().train(), made().eval()
+    evaluating.load_state_dict(training.state_dict())
+    recalibrate(training, batches(), method=method)  # type: ignore[arg-type]
+    recalibrate(evaluating, batches(), method=method)  # type: ignore[arg-type]
+    for a, b in zip(training.buffers(), evaluating.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("method", ["pooled", "sequential"])
+def test_an_empty_batch_does_not_make_a_layer_shared(method: str) -> None:
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    data = iter([torch.randn(8, 4), torch.randn(0, 4), torch.randn(3, 4)])
+    assert recalibrate(net, data, method=method).shared == ()  # type: ignore[arg-type]

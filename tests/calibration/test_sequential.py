@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -391,14 +392,14 @@ def test_an_error_at_any_call_of_the_forward(kind: type[BaseException], call: in
     def explode(*_: Any) -> None:
         nonlocal calls
         calls += 1
-        if calls == call:
+        if calls >= call:
             raise kind("forward")
 
     net = conv_net().train()
     for module in net:
         module.register_forward_hook(explode)
     unchanged(net, BatchError if issubclass(kind, Exception) else kind)
-    assert calls == call
+    assert calls >= call
 
 
 def test_nan_that_arises_once_statistics_are_final_names_the_batch() -> None:
@@ -413,13 +414,195 @@ def test_a_model_that_computes_something_else_each_time() -> None:
     assert "something else each time" in str(error)
 
 
-def test_a_result_that_replay_got_wrong_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = Replay._known
+def test_a_replay_that_goes_wrong_is_found_and_done_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known, whole = Replay._known, sequential._Stages.by_whole_forwards
+    done: list[bool] = []
 
     def wrong(self: Replay, entry: Any) -> Any:
         result = known(self, entry)
         return 1.01 * result if isinstance(result, Tensor) else result
 
+    def noted(self: Any, first: Any) -> Any:
+        done.append(True)
+        return whole(self, first)
+
     monkeypatch.setattr(Replay, "_known", wrong)
-    error = unchanged(conv_net(), CalibrationError)
-    assert "something else each time" in str(error)
+    monkeypatch.setattr(sequential._Stages, "by_whole_forwards", noted)
+    net = conv_net()
+    settled(net, batches())
+    assert done
+    monkeypatch.setattr(sequential, "_AGREES", math.inf)
+    net = conv_net()
+    recalibrate(net, batches(), method="sequential")
+    with pytest.raises(AssertionError):
+        assert_fixed_point(net, batches())
+
+
+# ------------------------------------------------------------------ models that make it hard
+
+
+def early_exit(net: Net, x: Tensor) -> Tensor:
+    y = net.a(net.p(x))
+    return net.c(y) if y.square().mean() < 1.0 or len(x) == 6 else net.c(net.b(net.q(y)))
+
+
+def a_loop_by_value(net: Net, x: Tensor) -> Tensor:
+    y = net.a(net.p(x))
+    for _ in range(1 + int(y.amax() > 2.9)):
+        y = net.relu(net.q(y))
+    return net.c(net.b(y))
+
+
+def residual_across(net: Net, x: Tensor) -> Tensor:
+    """The norm takes a view of what is added again afterwards."""
+    y = net.p(x)
+    y = y + net.q(net.a(y.transpose(2, 3)).transpose(2, 3))
+    return net.c(net.b(y.transpose(2, 3)))
+
+
+def asserted(net: Net, x: Tensor) -> Tensor:
+    y = net.p(x)
+    z = net.a(net.q(x))
+    assert torch.isfinite(z).all()
+    return net.c(net.b(net.q(z) + y))
+
+
+def by_keyword(net: Net, x: Tensor) -> Tensor:
+    return net.c(input=net.b(input=net.q(net.a(input=net.p(x)))))
+
+
+def sparse(net: Net, x: Tensor) -> Tensor:
+    mixed = torch.sparse.mm(torch.eye(4).to_sparse(), net.a(x).transpose(0, 2).flatten(1))
+    return net.c(net.b(mixed.view(4, 3, len(x), 4).transpose(0, 2)))
+
+
+def vmapped(net: Net, x: Tensor) -> Tensor:
+    return net.c(net.b(torch.vmap(lambda row: row * 2)(net.a(net.p(x)))))
+
+
+def selected(net: Net, x: Tensor) -> Tensor:
+    y = net.a(net.p(x))
+    chosen = y[y[:, 0, 0, 0] > y[:, 0, 0, 0].mean()]
+    return net.c(net.b(net.q(chosen)) + torch.arange(len(chosen)).view(-1, 1, 1, 1) * 0.1)
+
+
+def unpacked(net: Net, x: Tensor) -> Tensor:
+    left, right, *_ = net.p(torch.stack((x, 2 * x)).flatten(0, 1)).view(2, len(x), 3, 4, 4)
+    return net.c(net.b(net.a(left) + right))
+
+
+def an_array_written(net: Net, x: Tensor) -> Tensor:
+    array = net.p(x).numpy()
+    array *= 2
+    return net.c(net.b(net.a(x) + torch.from_numpy(array)))
+
+
+def scratch(net: Net, x: Tensor) -> Tensor:
+    if net.stored is None:
+        net.stored = torch.empty(16, 3, 4, 4)
+    part = net.stored[: len(x)]
+    part.copy_(x * 2)
+    return net.c(net.b(net.q(net.a(net.p(x))) + part))
+
+
+def appended(net: Net, x: Tensor) -> Tensor:
+    net.stored = net.stored or []
+    for layer in (net.a, net.b):
+        net.stored.append(x)
+        x = layer(net.q(x))
+    total = x + sum(net.stored)
+    net.stored.clear()
+    return net.c(total)
+
+
+def busy(net: Net, x: Tensor) -> Tensor:
+    if net.stored:
+        raise RuntimeError("is running")
+    net.stored = True
+    x = net.c(net.b(net.a(x)))
+    net.stored = None
+    return x
+
+
+def past_the_counter(net: Net, x: Tensor) -> Tensor:
+    y = net.p(x)
+    z = net.q(net.a(x) + y)
+    y.data.mul_(2)
+    return net.c(net.b(z) + y)
+
+
+def as_parameter(net: Net, x: Tensor) -> Tensor:
+    y = nn.Parameter(net.p(x) * 2)
+    return net.c(net.b(net.a(x)) + y).detach()
+
+
+def with_gradients(net: Net, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        energy = net.b(net.q(torch.tanh(net.a(net.p(x))))).square().sum()
+        (force,) = torch.autograd.grad(energy, x)
+    return net.c(force.detach())
+
+
+def its_own_statistics(net: Net, x: Tensor) -> Tensor:
+    y = net.a(net.p(x))
+    return net.c(net.b(y * (net.a.running_var + 1e-5).rsqrt().view(1, 3, 1, 1)))
+
+
+HARD = [early_exit, a_loop_by_value, residual_across, asserted, by_keyword, sparse, vmapped,
+        selected, unpacked, an_array_written, scratch, appended, busy, past_the_counter,
+        as_parameter, with_gradients, its_own_statistics]  # fmt: skip
+
+
+@pytest.mark.usefixtures("room")
+@pytest.mark.parametrize("how", HARD, ids=lambda how: how.__name__)
+def test_models_that_make_it_hard(how: Callable[[Net, Tensor], Tensor]) -> None:
+    net = Net(how)
+    data = [torch.randn(n, 3, 4, 4) + n for n in (7, 4, 6, 5)]
+    report = recalibrate(net, data, method="sequential")
+    assert report.circular == ()
+    net.stored = None
+    assert_fixed_point(net, data)
+
+
+def test_layers_that_only_eval_reaches_are_found() -> None:
+    class Exit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return x if x.square().mean() < 1.5 else self.b(x)
+
+    torch.manual_seed(0)
+    net, data = Exit(), [torch.randn(8, 4), 10 * torch.randn(8, 4), torch.randn(7, 4)]
+    report = settled(net, data)
+    assert [layer.path for layer in report.layers] == ["a", "b"]
+
+
+def test_scripted_parts() -> None:
+    block = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    settled(nn.Sequential(nn.BatchNorm2d(3), block, nn.BatchNorm2d(3), block), batches())
+
+
+def test_a_loader_that_fills_one_tensor_again_and_again() -> None:
+    memory = torch.empty(4, 3, 6, 6)
+    data = [conv_input(4, seed=seed) for seed in range(3)]
+
+    def loader() -> Any:
+        for x in data:
+            yield memory.copy_(x)
+
+    net = conv_net()
+    recalibrate(net, loader(), method="sequential")
+    assert_fixed_point(net, data)
+
+
+def test_batches_that_the_forward_takes_apart() -> None:
+    net, data = conv_net(), [{"x": x} for x in batches()]
+    given = [dict(batch) for batch in data]
+    recalibrate(net, iter(given), forward=lambda m, b: m(b.pop("x")), method="sequential")
+    assert_fixed_point(net, batches())

@@ -75,6 +75,7 @@ class Change:
             mean_after=mean[1],
             var_before=var[0],
             var_after=var[1],
+            eps=eps,
             mean_moved=mean_moved(*mean, var[1], eps),
             var_ratio=var_ratio(*var, eps),
             mean_error=None if errors is None else errors[0],

@@ -30,6 +30,7 @@ class Pool:
         samples: The number of samples.
         calls: The number of times that the layer was called.
         counted: Its `num_batches_tracked` before; 0 where it has none.
+        repeats: The number of batches in which it was called more than once.
     """
 
     layer: NormLayer
@@ -38,6 +39,12 @@ class Pool:
     samples: int
     calls: int
     counted: int
+    repeats: int
+
+    @classmethod
+    def empty(cls, layer: NormLayer) -> Pool:
+        """Return the pool of a layer that has received nothing."""
+        return next(iter(Pools([layer])))
 
     @property
     def count(self) -> int:
@@ -47,8 +54,7 @@ class Pool:
     @property
     def is_shared(self) -> bool:
         """Whether the layer was called more than once in a forward."""
-        batches = self.spread.batches
-        return bool(batches.numel()) and self.calls > int(batches.max()) > 0
+        return self.repeats > 0
 
     def estimate(self) -> Moments | None:
         """Return the moments if there are values enough for a variance."""
@@ -86,6 +92,7 @@ class Pools:
         self.samples = [0] * len(layers)
         self.calls = [0] * len(layers)
         self.counted = [_tracked(layer) for layer in layers]
+        self.repeats = [0] * len(layers)
         self._sizes = [layer.module.get_buffer("running_mean").numel() for layer in layers]
         between = [float(layer.family != "instance") for layer in layers]
         self._between = torch.tensor(between, dtype=torch.float64).repeat_interleave(
@@ -105,6 +112,7 @@ class Pools:
             self.samples,
             self.calls,
             self.counted,
+            self.repeats,
         )
 
     def __contains__(self, module: nn.Module) -> bool:
@@ -119,6 +127,7 @@ class Pools:
         """
         received = [one for one in seen if one.layer.module in self]
         found: dict[int, Moments] = {}
+        before = list(self.calls)
         for one, (mean, var) in zip(received, _read(received, batch), strict=True):
             i = self._index[one.layer.module]
             self.calls[i] += 1
@@ -128,6 +137,8 @@ class Pools:
                 # Instance norm has no variance for samples of one position.
                 new = convention(mean, var, one.values)
                 found[i] = found[i].merge(new) if i in found else new
+        for i, calls in enumerate(before):
+            self.repeats[i] += self.calls[i] > calls + 1
         nothing = Moments.none(self._between).split(self._sizes)
         parts = [found.get(i, none) for i, none in enumerate(nothing)]
         of_batch = Moments.joined(parts)
@@ -138,6 +149,7 @@ class Pools:
         """Add what the same layers received on another rank."""
         self.samples = [a + b for a, b in zip(self.samples, other.samples, strict=True)]
         self.calls = [a + b for a, b in zip(self.calls, other.calls, strict=True)]
+        self.repeats = [a + b for a, b in zip(self.repeats, other.repeats, strict=True)]
         self._spread = self._spread.merge(other._spread, self._between)
         self._moments = self._moments.merge(other._moments)
 
@@ -151,7 +163,9 @@ class Pools:
 
     def to_vector(self) -> Tensor:
         """Return all of it as one vector, float64, of a length that the layers alone decide."""
-        counts = torch.tensor([*self.samples, *self.calls, *self.counted], dtype=torch.float64)
+        counts = torch.tensor(
+            [*self.samples, *self.calls, *self.counted, *self.repeats], dtype=torch.float64
+        )
         moments, spread = self._moments, self._spread
         rows = (moments.n, moments.mean, moments.m, spread.origin, spread.batches, *spread.sums)
         return torch.cat((counts, *rows))
@@ -159,15 +173,15 @@ class Pools:
     @property
     def length(self) -> int:
         """The length of that vector."""
-        return 3 * len(self.layers) + 11 * len(self._between)
+        return 4 * len(self.layers) + 11 * len(self._between)
 
     @classmethod
     def of_vector(cls, layers: Sequence[NormLayer], vector: Tensor) -> Pools:
         """Return what `to_vector` made a vector of."""
         made, k = cls(layers), len(layers)
-        counts = [int(x) for x in vector[: 3 * k].tolist()]
-        made.samples, made.calls, made.counted = counts[:k], counts[k : 2 * k], counts[2 * k :]
-        n, mean, m, origin, batches, *sums = vector[3 * k :].reshape(11, -1)
+        counts = vector[: 4 * k].long().reshape(4, k).tolist()
+        made.samples, made.calls, made.counted, made.repeats = counts
+        n, mean, m, origin, batches, *sums = vector[4 * k :].reshape(11, -1)
         made._moments = Moments(n, mean, m, made._between)
         made._spread = Spread(origin, batches, torch.stack(sums))
         return made

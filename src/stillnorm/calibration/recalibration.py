@@ -104,10 +104,12 @@ def recalibrate(
 
     Cost:
         "pooled": one forward without gradients per batch, about what it costs in train mode.
-        "sequential": two more, in which every layer is run once; the batches and what is alive at
-        one point of their forwards are kept, as many as fit into half of the free memory. A batch
-        that does not fit is run again from the beginning for every layer. One collective of 64
-        bytes per channel; "sequential" one for each layer that waits for another.
+        "sequential": two more, in which every layer is run once, and the model's Python again for
+        every layer that waits for another, which is what counts where maps are small. The batches
+        are kept, and what is alive at one point of their forwards, of as many as fit into half of
+        the free memory; one that does not fit is run again from the beginning for every layer.
+        Between processes one collective of 88 bytes per channel; with "sequential" one for every
+        layer that waits for another.
 
     Example:
         >>> import torch

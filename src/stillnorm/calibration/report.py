@@ -49,6 +49,7 @@ class Recalibrated:
         mean_after: `running_mean` now, (C,).
         var_before: `running_var` before, (C,).
         var_after: `running_var` now, (C,).
+        eps: What the layer adds to the variance.
         mean_moved: How far the mean moved, in deviations of what the layer receives: root mean
             square over the channels.
         var_ratio: The new variance over the old, eps included: geometric mean over the channels.
@@ -67,6 +68,7 @@ class Recalibrated:
     mean_after: Tensor
     var_before: Tensor
     var_after: Tensor
+    eps: float
     mean_moved: float
     var_ratio: float
     mean_error: Tensor | None
@@ -223,10 +225,9 @@ def plots(report: RecalibrationReport) -> tuple[Block, ...]:
 
 
 def _moved(layer: Recalibrated) -> Tensor:
-    """Return how far the mean of each channel moved, in deviations; 0 where there is none."""
+    """Return how far the mean of each channel moved, in deviations."""
     moved = layer.mean_after.double() - layer.mean_before.double()
-    var = layer.var_after.double()
-    return (moved / var.clamp_min(torch.finfo(torch.float32).tiny).sqrt()).where(var > 0, 0)
+    return moved / (layer.var_after.double() + layer.eps).sqrt()
 
 
 def _series(label: str, values: Tensor) -> Series:

@@ -150,10 +150,12 @@ def remember(module: nn.Module) -> Callable[[], None]:
 
 
 def _affine(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    # Not by getattr: to look at a parametrized weight can change it (spectral norm in train mode).
+    registered = module._parameters
     return [
         (name, parameter)
         for name in _AFFINE
-        if isinstance(parameter := getattr(module, name, None), nn.Parameter)
+        if name in registered and isinstance(parameter := registered[name], nn.Parameter)
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -136,6 +137,36 @@ def buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
             if not same:
                 buffers.clear()
                 buffers.update(before)
+
+
+@contextlib.contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Keep the attributes of every module, and what lists, dicts and sets among them contain.
+
+    For a forward that is stopped halfway: what it has noted in the model would be there still.
+    """
+    kept = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    contents: list[tuple[Any, Any]] = [
+        (value, value.copy())
+        for _, before in kept
+        for name, value in before.items()
+        if isinstance(value, list | dict | set) and name not in _OF_TORCH
+    ]
+    try:
+        yield
+    finally:
+        for attributes, before in kept:
+            same = attributes.keys() == before.keys()
+            if not same or any(attributes[name] is not before[name] for name in before):
+                attributes.clear()
+                attributes.update(before)
+        for value, content in contents:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+
+
+# What every module has; no forward writes there, except to buffers.
+_OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}
 
 
 @contextlib.contextmanager

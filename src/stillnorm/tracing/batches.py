@@ -7,6 +7,7 @@ could be read in two ways is an error that says how to write it so that it canno
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
@@ -102,9 +103,10 @@ def copied(value: object) -> object:
 
 
 def _copied(leaf: object) -> object:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    # An object with tensors of its own (transformers' BatchEncoding, a data class).
+    return leaf if next(tensors_in(leaf), None) is None else copy.deepcopy(leaf)
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

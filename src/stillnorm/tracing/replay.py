@@ -9,8 +9,9 @@ empty tensor of the same shape does.
 Some results are not known yet, those that depend on layers still unsettled. Each such layer has a
 bit; a result has the bits of all that it was computed from, by storage, so that views and writes in
 place are followed. What has a bit is computed anew in each run, and what it is computed from is
-kept. Where that cannot be done without risk (something kept was written to afterwards) the tape is
-given up and the forward starts from the beginning.
+kept. Where that cannot be done without risk the tape is broken, and the forward has to start from
+the beginning: something kept was written to afterwards; a result that can be changed or used up
+(an array, an iterator); functorch, gradients, TorchScript.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.utils._pytree import tree_map
 
 from stillnorm.holding.deferred import METADATA
 from stillnorm.tracing.batches import tensors_in
+from stillnorm.tracing.kernels import Kernel, kernel_of
 from stillnorm.tracing.visits import visits
 
 _LAYOUT = METADATA | {
@@ -102,7 +104,8 @@ class Tape:
             for entry in self.entries
             if entry is not None and isinstance(entry.result, Tensor | list | tuple | dict)
         ]
-        storages = [t.untyped_storage() for t in tensors_in((self.batch, results))]
+        tensors = tensors_in((self.batch, results))
+        storages = [t.untyped_storage() for t in tensors if t.layout is torch.strided]
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
@@ -110,8 +113,8 @@ class Replay(TorchFunctionMode):
     """One run of a forward over its tape.
 
     Args:
-        tape: The tape; None to run without.
-        unsettled: The layers that are not settled, each with its bit.
+        tape: The tape; None to run without, only following what depends on what.
+        unsettled: The layers that are not settled, each with its bit; none to follow nothing.
         is_enough: Whether the forward need not go on; asked before every call.
     """
 
@@ -130,6 +133,10 @@ class Replay(TorchFunctionMode):
         self._inside: list[nn.Module] = []
         self._bits: dict[int, int] = {}  # by address of the storage
         self._all = 0  # the bits of values that Python has seen: everything after depends on them
+        for module, bit in unsettled.items():
+            for name in ("running_mean", "running_var"):
+                if isinstance(tensor := getattr(module, name, None), Tensor):
+                    self._bits[_address(tensor)] = bit
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -146,14 +153,25 @@ class Replay(TorchFunctionMode):
     # ------------------------------------------------------------------ layers
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        if self._tape is not None and isinstance(module, torch.jit.ScriptModule):
+            self._tape.is_broken = True  # what it calls is not seen
         if module in self._unsettled:
             self._inside.append(module)
             with torch._C.DisableTorchFunction():
                 self.depends[module] |= self._bits_of(tensors_in(args))
 
-    def _leave(self, module: nn.Module, *_: Any) -> None:
+    def _leave(self, module: nn.Module, *rest: Any) -> None:
         if self._inside and self._inside[-1] is module:
             self._inside.pop()
+            if len(rest) == 3:  # args, kwargs and output: it has not raised
+                with torch._C.DisableTorchFunction():
+                    self.depends[module] |= self._bits_of(tensors_in(rest[1]))
+
+    def _note_input(self, kernel: Kernel) -> None:
+        """Note what a layer normalises, which may have come to it by another way than a call."""
+        layer = self._inside[-1]
+        own = self._unsettled[layer]
+        self.depends[layer] |= self._bits_of((kernel.input,)) & ~own
 
     # ------------------------------------------------------------------ calls
 
@@ -165,10 +183,10 @@ class Replay(TorchFunctionMode):
             self._stop()
             raise Enough
         tape = self._tape
-        if tape is None:
+        if tape is None and not self._unsettled:
             return func(*args, **kwargs)
         index, self._next = self._next, self._next + 1
-        known = tape.entries[index] if index < len(tape.entries) else None
+        known = tape.entries[index] if tape is not None and index < len(tape.entries) else None
         if known is not None:
             if known.function != func:  # accessors are made anew each time, and equal
                 raise Diverged
@@ -178,36 +196,55 @@ class Replay(TorchFunctionMode):
             bits = self._bits_of(given)
             for layer in self._inside:
                 bits |= self._unsettled[layer]
-            clean = [(t, _version(t)) for t in given if not self._bits_of((t,))] if bits else []
+            if self._inside and (kernel := kernel_of(func, args, kwargs)) is not None:
+                self._note_input(kernel)
+            clean = [(t, _version(t)) for t in given if not self._has_bits(t)] if bits else []
         result = func(*args, **kwargs)
+        if func is Tensor.__iter__:
+            result = tuple(result)
         with torch._C.DisableTorchFunction():
             made = list(tensors_in(result))
-            entry = None
-            if bits:
-                self._keep(tape, clean)
-                if not made and result is not None and func not in _LAYOUT:
-                    self._all |= bits
-            else:
-                entry = _Entry(func, _each(_weak_or_hollow, result))
-            self._mark(made, given, bits)
+            if bits and not made and result is not None and func not in _LAYOUT:
+                self._all |= bits
+            self._mark(made, given, bits, writes=result is None)
+            if tape is not None:
+                self._record(tape, index, func, result, clean, bits)
+        return iter(result) if func is Tensor.__iter__ else result
+
+    def _record(
+        self,
+        tape: Tape,
+        index: int,
+        func: Any,
+        result: Any,
+        clean: list[tuple[Tensor, int | None]],
+        bits: int,
+    ) -> None:
+        entry = None
+        if bits:
+            self._keep(tape, clean)
+        elif not _is_plain(result) or _is_transformed():
+            tape.is_broken = True
+        else:
+            entry = _Entry(func, _each(_weak_or_hollow, result))
         if index < len(tape.entries):
             tape.entries[index] = entry
         else:
             tape.entries.append(entry)
-        return result
 
     def _known(self, entry: _Entry) -> Any:
         """Return the result; from here on it lives as long as the forward needs it."""
         with torch._C.DisableTorchFunction():
             result = _each(_filled, entry.result)
             entry.result = _each(_weak_or_hollow, entry.result)
-        return result
+        return iter(result) if entry.function is Tensor.__iter__ else result
 
     @staticmethod
     def _keep(tape: Tape, clean: list[tuple[Tensor, int | None]]) -> None:
         """Keep what a call that will be made again was given."""
         for tensor, version in clean:
-            if _version(tensor) != version:  # it was written with what is not known yet
+            # Written with what is not known yet; of inference tensors nobody can tell.
+            if version is None or _version(tensor) != version:
                 tape.is_broken = True
             tape.kept.append((tensor, version))
 
@@ -217,13 +254,16 @@ class Replay(TorchFunctionMode):
             bits |= self._bits.get(_address(tensor), 0)
         return bits
 
-    def _mark(self, made: list[Tensor], given: list[Tensor], bits: int) -> None:
+    def _has_bits(self, tensor: Tensor) -> bool:
+        return bool(self._bits.get(_address(tensor)))
+
+    def _mark(self, made: list[Tensor], given: list[Tensor], bits: int, *, writes: bool) -> None:
         taken = {_address(t) for t in given}
         for tensor in made:
             address = _address(tensor)
             before = self._bits.get(address, 0) if address in taken else 0
             self._bits[address] = before | bits
-        if bits and not made:  # item assignment, and what else writes and returns nothing
+        if bits and writes:  # item assignment, and what else writes and returns nothing
             for tensor in given[:1]:
                 self._bits[_address(tensor)] = self._bits.get(_address(tensor), 0) | bits
 
@@ -277,8 +317,37 @@ def _settled(leaf: Any) -> Any:
     return leaf.otherwise if tensor is None else tensor
 
 
+def _is_plain(result: Any) -> bool:
+    """Tell whether a result stays what it is, however often it is handed out."""
+    if isinstance(result, Tensor):
+        return (
+            type(result) in (Tensor, nn.Parameter)
+            and result.layout is torch.strided
+            and not result.is_quantized
+            and not result.requires_grad
+        )
+    if isinstance(result, list | tuple):
+        return all(map(_is_plain, result))
+    return isinstance(result, _CONSTANTS)
+
+
+_CONSTANTS = (
+    type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout,
+    torch.memory_format,
+)  # fmt: skip
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.is_grad_enabled()
+
+
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
+    """Return where a tensor's values are; of one without memory of its own, which one it is."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_nested:
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr()
 
 
 def _version(tensor: Tensor) -> int | None:

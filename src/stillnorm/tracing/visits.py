@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as global_hooks
+from torch.utils.hooks import RemovableHandle
 
 
 @contextlib.contextmanager
@@ -22,12 +23,16 @@ def visits(enter: Callable[[nn.Module, Any], None], leave: Callable[..., None]) 
         leave: Called with the module, its positional arguments and, where the forward has not
             raised, its keyword arguments, and what it returned.
     """
-    entered = global_hooks.register_module_forward_pre_hook(enter)
-    left = global_hooks.register_module_forward_hook(leave, with_kwargs=True, always_call=True)
-    try:
+    with contextlib.ExitStack() as registered:
+        registered.callback(_remove, global_hooks.register_module_forward_pre_hook(enter))
+        registered.callback(
+            _remove,
+            global_hooks.register_module_forward_hook(leave, with_kwargs=True, always_call=True),
+        )
         yield
-    finally:
-        entered.remove()
-        left.remove()
-        # torch 2.13 leaves this entry behind, and torch.compile then warns of hooks for ever.
-        global_hooks._global_forward_hooks_with_kwargs.pop(left.id, None)
+
+
+def _remove(handle: RemovableHandle) -> None:
+    handle.remove()
+    # torch 2.13 leaves this entry behind, and torch.compile then warns of hooks for ever.
+    global_hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)
