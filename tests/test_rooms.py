@@ -23,7 +23,7 @@ ORDER = (
     ("tracing",),
     ("folding",),
     ("freezing", "calibration"),
-    ("repair",),
+    ("repair", "averages"),
     ("diagnosis",),
     ("cli", "demo"),
     ("__main__",),

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stillnorm import averages as averages
+    from stillnorm import repair as repair
     from stillnorm.calibration import recalibrate as recalibrate
     from stillnorm.diagnosis import check as check
     from stillnorm.diagnosis import inspect as inspect
@@ -50,10 +52,15 @@ _ROOM_OF = {
     "unfreeze": "freezing",
 }
 
-__all__ = sorted(_ROOM_OF)
+# The rarer tools, which are called by their module: `sn.repair.absorb_bias`.
+_MODULES = ("averages", "repair")
+
+__all__ = sorted((*_ROOM_OF, *_MODULES))
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return importlib.import_module(f"stillnorm.{name}")
     if name not in _ROOM_OF:
         raise AttributeError(f"module 'stillnorm' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"stillnorm.{_ROOM_OF[name]}"), name)
@@ -62,4 +69,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ROOM_OF})
+    return sorted({*globals(), *__all__})

@@ -54,9 +54,7 @@ class Surgery:
 
     def set_child(self, parent: nn.Module, name: str, child: nn.Module) -> None:
         """Put another module in the place of a child."""
-        before = parent._modules[name]
-        self.note(lambda: parent._modules.__setitem__(name, before))
-        parent._modules[name] = child
+        self.set_item(parent._modules, name, child)
 
     def add_pre_hook(self, module: nn.Module, hook: Callable[..., None]) -> None:
         """Call `hook` before every forward of the module, before its other hooks."""
@@ -90,11 +88,30 @@ class Surgery:
         value = tensor.detach().clone()
         self.note(lambda: write(tensor, value))
 
+    def write(self, tensor: Tensor, value: Tensor) -> None:
+        """Write values into a tensor, in place."""
+        self.keep(tensor)
+        write(tensor, value)
+
+    def set_data(self, tensor: Tensor, value: Tensor) -> None:
+        """Give a tensor another memory; the object stays."""
+        before = tensor.data
+
+        def restore() -> None:
+            tensor.data = before
+
+        self.note(restore)
+        tensor.data = value
+
+    def set_item(self, registered: dict[str, Any], name: str, value: Any) -> None:
+        """Put another object under a name that there is."""
+        before = registered[name]
+        self.note(lambda: registered.__setitem__(name, before))
+        registered[name] = value
+
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """Set a plain attribute."""
-        before = module.__dict__[name]
-        self.note(lambda: module.__dict__.__setitem__(name, before))
-        module.__dict__[name] = value
+        self.set_item(module.__dict__, name, value)
 
 
 def refuse_wrapped(model: nn.Module) -> None:

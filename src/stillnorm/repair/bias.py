@@ -1,0 +1,160 @@
+r"""Absorbing biases that a norm takes away again.
+
+A batch norm subtracts the mean of what it receives, and with it any constant that the layer before
+has added. In train mode such a bias does nothing: its gradient is zero up to rounding. In eval mode
+it is part of the running mean:
+
+    y = (z + b - μ) s + β  =  (z - (μ - b)) s + β
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from stillnorm.errors import StateError
+from stillnorm.holding.folding import is_convolutional
+from stillnorm.norms import NormLayer, find_norms, walk
+from stillnorm.repair.statistics import RepairReport
+from stillnorm.repair.surgery import Surgery, refuse_wrapped
+from stillnorm.state import eval_mode
+from stillnorm.tracing import Forward, call_example, copied, looking, tensors_in
+from stillnorm.tracing.links import Links, Output, links
+
+# How far the eval output may move, relative to its largest value: rounding, in eps of its dtype.
+_ROUNDING = 256
+
+
+def absorb_bias(
+    model: nn.Module, example: object, *, forward: Forward | None = None
+) -> RepairReport:
+    """Move biases of convolutions and linear layers into the running means of the norms after them.
+
+    The bias of a layer whose output goes to a batch norm and nowhere else does nothing in training;
+    it costs a parameter, an optimizer state, and it makes a running mean of a large offset. It is
+    subtracted from the running mean and removed. Eval mode computes what it did, up to rounding;
+    train mode what it did, exactly.
+
+    Args:
+        model: The model.
+        example: What `torch.export` takes: a tensor, a tuple of arguments, a mapping. It shows who
+            feeds whom.
+        forward: ``(model, example) -> output``, where that is not the call.
+
+    Returns:
+        (path of the layer, into which norm) of each bias; which biases before norms were left
+        alone, and why; `undo()`.
+
+    Raises:
+        StateError: The model is wrapped for distributed training; or its output in eval mode moves
+            by more than rounding.
+        BatchError: The example does not fit the model.
+
+    Mutates:
+        `running_mean` of the norms, in place; the layers' `bias` is None, as if they had been made
+        with ``bias=False``. All of them or, if anything is raised, none. An optimizer keeps the
+        biases as orphans: see `repair_optimizer`.
+
+    Cost:
+        Three forwards of the example.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        >>> absorb_bias(net, torch.randn(16, 4)).repaired
+        (('0', 'bias into 1'),)
+        >>> net[0].bias is None
+        True
+    """
+    refuse_wrapped(model)
+    norms = find_norms(model)
+    with looking(model):
+        model.eval()
+        seen = links(model, norms, lambda: call_example(model, copied(example), forward))
+    before = _output(model, example, forward)
+    repaired: list[tuple[str, str]] = []
+    refused: list[tuple[str, str]] = []
+    by_module = {norm.module: norm for norm in norms}
+    outputs: dict[nn.Module, list[Output]] = {}
+    for output in seen.outputs:
+        outputs.setdefault(output.module, []).append(output)
+    owners = _owners(model)
+    with Surgery() as surgery:
+        for path, module, _ in {m: (p, m, a) for p, m, a in walk(model)}.values():
+            bias = getattr(module, "bias", None) if is_convolutional(module) else None
+            after = _norms_after(outputs.get(module, ()), by_module)
+            if bias is None or not after:
+                continue
+            norm = after[0]
+            reason = _why_not(module, outputs[module], after, seen, owners)
+            if reason is not None:
+                refused.append((path, reason))
+                continue
+            mean = norm.module.get_buffer("running_mean")
+            surgery.write(mean, (mean.double() - bias.detach().double()).to(mean.dtype))
+            surgery.set_item(module._parameters, "bias", None)
+            repaired.append((path, f"bias into {norm.path}"))
+        if repaired:
+            _must_agree(before, _output(model, example, forward))
+        return RepairReport(tuple(repaired), tuple(refused), surgery)
+
+
+def _norms_after(
+    outputs: Iterable[Output], norms: Mapping[nn.Module, NormLayer]
+) -> list[NormLayer]:
+    """Return the norms with statistics that take the outputs."""
+    users = dict.fromkeys(use.by for output in outputs for use in output.uses)
+    found = (norms[user] for user in users if user is not None and user in norms)
+    return [norm for norm in found if norm.has_statistics and norm.family == "batch"]
+
+
+def _why_not(
+    module: nn.Module,
+    outputs: list[Output],
+    after: list[NormLayer],
+    seen: Links,
+    owners: Mapping[int, int],
+) -> str | None:
+    """Return why the bias has to stay, or None."""
+    norm = after[0]
+    if "bias" not in module._parameters:
+        return "its bias is parametrized"
+    if len(after) > 1 or any(len(output.uses) != 1 or output.is_kept for output in outputs):
+        return f"its output is used by somebody else than {norm.path}"
+    if any(source not in outputs for source in seen.sources[norm.module]):
+        return f"{norm.path} receives something else too"
+    if not all(output.uses_own for output in outputs):
+        return "its forward does not use its bias as it is"
+    if owners.get(id(module._parameters["bias"]), 0) > 1:
+        return "its bias is another layer's too"
+    if norm.is_scripted or not norm.tensors()["running_mean"].is_floating_point():
+        return f"{norm.path} is TorchScript's"
+    return None
+
+
+def _owners(model: nn.Module) -> dict[int, int]:
+    """Return how many modules have each parameter."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = found.get(id(parameter), 0) + 1
+    return found
+
+
+def _output(model: nn.Module, example: object, forward: Forward | None) -> list[Tensor]:
+    with looking(model), eval_mode(model):
+        return list(tensors_in(call_example(model, copied(example), forward)))
+
+
+def _must_agree(before: list[Tensor], after: list[Tensor]) -> None:
+    for a, b in zip(before, after, strict=True):
+        if not a.is_floating_point() or not a.numel():
+            continue
+        far = float((a.double() - b.double()).abs().max())
+        if not far <= _ROUNDING * torch.finfo(a.dtype).eps * float(a.double().abs().max()):
+            raise StateError(
+                f"without the biases the output in eval mode moves by {far:.3g}",
+                help="a mean of many deviations loses them in rounding; nothing was changed",
+            )
