@@ -47,6 +47,7 @@ TOOLS = {
         "drop_stale_gradients",
         "repair_optimizer",
         "reset_statistics",
+        "shared_state_dict",
         "to_float32",
     ),
 }

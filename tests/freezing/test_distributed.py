@@ -67,3 +67,14 @@ def test_folding_trains_as_without_it(ranks: Ranks) -> None:
 
 def test_a_held_sync_batch_norm_waits_for_nobody(ranks: Ranks) -> None:
     assert all(rank["sync_batch_norm"]["same"] for rank in ranks)
+
+
+def test_split_norms_train_alike_on_every_rank(ranks: Ranks) -> None:
+    one, two = (rank["split"] for rank in ranks)
+    assert "do this first, then wrap" in one["refused"]
+    for case in ("static_graph=False", "static_graph=True"):
+        names = [name for name in one[case] if name.endswith(("weight", "bias"))]
+        assert all(torch.equal(one[case][name], two[case][name]) for name in names)
+        weights = [one[case][f"norm.sites.{i}.weight"] for i in (0, 1)]
+        assert torch.equal(*weights)
+        assert not torch.equal(weights[0], torch.ones(3)), "it has learned"

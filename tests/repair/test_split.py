@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import stillnorm as sn
 from stillnorm import split_shared
 from stillnorm.errors import BatchError, CalibrationError, StateError
-from stillnorm.repair import SplitNorm, calls, split, surgery
+from stillnorm.repair import SplitNorm, calls, shared_state_dict, split, surgery
 from support.fingerprint import Fingerprint
 from support.layers import conv_input, settle
 from support.oracles import pooled_moments
@@ -360,6 +360,37 @@ def test_a_checkpoint_of_its_own_loads() -> None:
     split_shared(other, [7 * x for x in data()])
     other.load_state_dict(net.state_dict(), strict=True)
     assert all(torch.equal(a, b) for a, b in zip(net.buffers(), other.buffers(), strict=True))
+
+
+def test_its_state_loads_into_the_model_of_before(net: nn.Module) -> None:
+    old = copy.deepcopy(net)
+    split_shared(net, data())
+    state = shared_state_dict(net)
+    assert list(state) == list(old.state_dict())
+    old.load_state_dict(state, strict=True)
+    assert all(map(torch.equal, old.parameters(), net.parameters()))
+
+
+def test_shared_again_the_statistics_are_those_of_all_calls() -> None:
+    x = conv_input(16)
+    net, pooled = Loop(), Loop()
+    split_shared(net, x)
+    sn.recalibrate(pooled, x)
+    state = shared_state_dict(net)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(
+            state[f"norm.{name}"], pooled.state_dict()[f"norm.{name}"], rtol=1e-3, atol=1e-5
+        )
+
+
+def test_private_parameters_cannot_be_shared_again() -> None:
+    net = Loop()
+    split_shared(net, data(), affine="private")
+    assert shared_state_dict(net), "they are still the same"
+    with torch.no_grad():
+        net.norm.sites[1].weight.add_(1)
+    with pytest.raises(StateError, match="each their own weight"):
+        shared_state_dict(net)
 
 
 def test_missing_keys_are_still_missed() -> None:

@@ -177,6 +177,31 @@ def folding(rank: int) -> dict[str, Any]:
     return seen
 
 
+def split(rank: int) -> dict[str, Any]:
+    """A split norm under DistributedDataParallel, in both modes of the reducer."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(3 * self.conv(self.norm(x)).relu() + 1)
+
+    seen: dict[str, Any] = {}
+    for static_graph in (False, True):
+        net = Twice()
+        sn.split_shared(net, layers.conv_input(8))
+        wrapped = DistributedDataParallel(net, static_graph=static_graph)
+        seen["refused"] = _outcome(lambda: sn.split_shared(wrapped, layers.conv_input(8)))  # noqa: B023
+        _train(wrapped, rank)
+        seen[f"static_graph={static_graph}"] = {
+            name: tensor.detach().clone() for name, tensor in net.state_dict().items()
+        }
+    return seen
+
+
 def sync_batch_norm(rank: int) -> dict[str, Any]:
     """A held SyncBatchNorm talks to no other rank; conversion of a held layer undoes the hold."""
     layer = layers.make("sync")
@@ -194,7 +219,8 @@ def sync_batch_norm(rank: int) -> dict[str, Any]:
 def everything(rank: int) -> dict[str, Any]:
     """All of them in one pair of processes: starting them is what takes time."""
     return {
-        work.__name__: work(rank) for work in (ddp, ddp_refusals, fsdp2, folding, sync_batch_norm)
+        work.__name__: work(rank)
+        for work in (ddp, ddp_refusals, fsdp2, folding, split, sync_batch_norm)
     }
 
 

@@ -7,6 +7,7 @@ from stillnorm.repair.optimizer import RepairedGroup as RepairedGroup
 from stillnorm.repair.optimizer import drop_stale_gradients as drop_stale_gradients
 from stillnorm.repair.optimizer import repair_optimizer as repair_optimizer
 from stillnorm.repair.per_call import SplitNorm as SplitNorm
+from stillnorm.repair.per_call import shared_state_dict as shared_state_dict
 from stillnorm.repair.report import SplitReport as SplitReport
 from stillnorm.repair.split import split_shared as split_shared
 from stillnorm.repair.statistics import RepairReport as RepairReport

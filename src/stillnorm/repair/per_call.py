@@ -109,3 +109,66 @@ def twin(norm: nn.Module, *, shared: bool) -> nn.Module:
 def _backward() -> int:
     """Return the number of the backward that is running, -1 outside; compilers see none."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def shared_state_dict(model: nn.Module) -> dict[str, Any]:
+    r"""Return a model's state as it would be with its split norms shared again.
+
+    For code that makes the model as it was before `split_shared`: the keys are the old ones. Shared
+    statistics are the moments of all calls together, each call counting the same:
+
+    .. math:: \mu = \frac{1}{K} \sum_k \mu_k, \qquad
+              \sigma^2 = \frac{1}{K} \sum_k \left( \sigma_k^2 + (\mu_k - \mu)^2 \right)
+
+    They fit the calls as badly as they did. The way back is `load_state_dict`: a split model takes
+    a checkpoint from before as it is.
+
+    Args:
+        model: The model, with `SplitNorm` in it.
+
+    Returns:
+        The state, detached; tensors that were not split are the model's own.
+
+    Raises:
+        StateError: The calls have parameters of their own that differ: one layer has one of each.
+
+    Example:
+        >>> model = nn.Sequential(SplitNorm(nn.BatchNorm1d(2), "0", 2, shared=True))
+        >>> list(shared_state_dict(model))
+        ['0.weight', '0.bias', '0.running_mean', '0.running_var', '0.num_batches_tracked']
+    """
+    state: dict[str, Any] = dict(model.state_dict())
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, SplitNorm):
+            continue
+        prefix = f"{path}." if path else ""
+        sites = [site.state_dict() for site in module.sites]
+        merged = {f"{prefix}{name}": _merged(path, name, sites) for name in sites[0]}
+        inside = f"{prefix}sites."
+        put = False
+        renewed: dict[str, Any] = {}
+        for key, value in state.items():  # in the order that the keys had
+            if not key.startswith(inside):
+                renewed[key] = value
+            elif not put:
+                renewed.update(merged)
+                put = True
+        state = renewed
+    return state
+
+
+def _merged(path: str, name: str, sites: list[dict[str, Any]]) -> Tensor:
+    values = [site[name] for site in sites]
+    first: Tensor = values[0]
+    if name == "running_mean":
+        return torch.stack(values).double().mean(0).to(first.dtype)
+    if name == "running_var":
+        means = torch.stack([site["running_mean"] for site in sites]).double()
+        var = torch.stack(values).double().mean(0) + means.var(0, correction=0)
+        return var.to(first.dtype)
+    if name != "num_batches_tracked" and not all(torch.equal(v, first) for v in values):
+        raise StateError(
+            f"{path}: its calls have each their own {name}, and one layer has but one",
+            help='split_shared(..., affine="shared") keeps them the same',
+        )
+    return first

@@ -44,7 +44,8 @@ def split_shared(
     module begins that encloses all of them: `SplitNorm`. That survives forwards that are aborted,
     deepcopy, pickle, compilation, DistributedDataParallel and checkpointing of that whole module;
     more calls than there were, and computing a part of that forward again, raise. A checkpoint from
-    before loads as it is: each call starts with the statistics of the shared layer.
+    before loads as it is: each call starts with the statistics of the shared layer; the way back is
+    `sn.repair.shared_state_dict`.
 
     Args:
         model: The model, in whatever mode.
