@@ -71,6 +71,6 @@ class BatchStatisticsAtEval(Rule):
             f"{short(moved)} of their spread"
             if moved is not None and proved
             else "",
-            help="track_running_stats=True and sn.recalibrate(model, batches), or GroupNorm",
+            help="sn.track_statistics(model, batches), or GroupNorm",
             where=evidence.where(*layers),
         )
