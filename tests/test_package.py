@@ -30,6 +30,7 @@ PUBLIC = {
     "no_updates",
     "preserved",
     "recalibrate",
+    "replace",
     "snapshot",
     "split_shared",
     "track_statistics",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stillnorm.freezing import freeze as freeze
     from stillnorm.freezing import is_frozen as is_frozen
     from stillnorm.freezing import unfreeze as unfreeze
+    from stillnorm.repair import replace as replace
     from stillnorm.repair import split_shared as split_shared
     from stillnorm.repair import track_statistics as track_statistics
     from stillnorm.state import Snapshot as Snapshot
@@ -46,6 +47,7 @@ _ROOM_OF = {
     "no_updates": "state",
     "preserved": "state",
     "recalibrate": "calibration",
+    "replace": "repair",
     "split_shared": "repair",
     "track_statistics": "repair",
     "snapshot": "state",

@@ -1,5 +1,6 @@
 """Repairing what `check` finds: model surgery that is planned, all or nothing, and undoable."""
 
+from stillnorm.repair.affine import AffineNorm as AffineNorm
 from stillnorm.repair.bias import absorb_bias as absorb_bias
 from stillnorm.repair.optimizer import GradientReport as GradientReport
 from stillnorm.repair.optimizer import OptimizerReport as OptimizerReport
@@ -8,6 +9,8 @@ from stillnorm.repair.optimizer import drop_stale_gradients as drop_stale_gradie
 from stillnorm.repair.optimizer import repair_optimizer as repair_optimizer
 from stillnorm.repair.per_call import SplitNorm as SplitNorm
 from stillnorm.repair.per_call import shared_state_dict as shared_state_dict
+from stillnorm.repair.replace import replace as replace
+from stillnorm.repair.report import ReplaceReport as ReplaceReport
 from stillnorm.repair.report import SplitReport as SplitReport
 from stillnorm.repair.split import split_shared as split_shared
 from stillnorm.repair.statistics import RepairReport as RepairReport

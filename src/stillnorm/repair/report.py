@@ -68,6 +68,71 @@ class SplitReport:
         return text.write(self.document())
 
 
+@dataclass(frozen=True)
+class Replaced:
+    """One layer that was replaced.
+
+    Args:
+        path: Its path.
+        paths: All its paths.
+        before: The class that stood there.
+        after: The class that stands there now.
+        lost: What the old layer had and the new one has not; empty for nothing.
+    """
+
+    path: str
+    paths: tuple[str, ...]
+    before: str
+    after: str
+    lost: str
+
+
+@dataclass(frozen=True, eq=False)
+class ReplaceReport:
+    """What `replace` did.
+
+    Args:
+        replaced: The layers that were replaced.
+        already: Paths of the layers that were of that kind before.
+        refused: (path, reason) of the layers that were left alone.
+    """
+
+    replaced: tuple[Replaced, ...]
+    already: tuple[str, ...]
+    refused: tuple[tuple[str, str], ...]
+    _surgery: Surgery = field(repr=False)
+
+    def undo(self) -> None:
+        """Put the old layers back: the same objects, in the mode that they had.
+
+        Parameters and buffers that the new layers took over keep their present values.
+        """
+        self._surgery.undo()
+
+    def document(self) -> Document:
+        """Return the report as a document, one row for all layers that fared alike."""
+        alike: dict[tuple[str, str, str], list[str]] = {}
+        for one in self.replaced:
+            row = (one.before, one.after, one.lost or "nothing")
+            alike.setdefault(row, []).append(", ".join(one.paths))
+        rows = tuple(
+            (refusal_rows((path, "") for path in paths)[0][0], *row) for row, paths in alike.items()
+        )
+        head = f"{count(len(self.replaced), 'layer')} replaced"
+        if self.already:
+            head += f", {len(self.already)} of that kind already"
+        table = Table(("replaced", "was", "is", "lost"), rows, "llll")
+        blocks = (Line(""), table) if rows else ()
+        return Document(head, (*blocks, *left_alone(self.refused)))
+
+    def to_json(self) -> str:
+        """Return the report as JSON."""
+        return dumps(self)
+
+    def __str__(self) -> str:
+        return text.write(self.document())
+
+
 def left_alone(refused: Iterable[tuple[str, str]]) -> tuple[Block, ...]:
     """Return the refusals as a table; nothing where there are none."""
     rows = refusal_rows(refused)

@@ -40,8 +40,8 @@ class BatchStatisticsAtEval(Rule):
         ('warning', 'error')
 
     Fix:
-        Advice: build the layer with `track_running_stats=True` and recalibrate, or replace it by a
-        norm that does not need a batch (GroupNorm).
+        Advice: `sn.track_statistics(model, batches)` gives the layer statistics from data; or
+        replace it by a norm that does not need a batch (GroupNorm).
 
     References:
         pytorch/pytorch#37823 and #75252; the PyTorch forum, "Pytorch documentation for Batchnorm".
