@@ -6,6 +6,7 @@
         ├── RefusedError               also RuntimeError: strict=True, and a layer was refused
         ├── BatchError                 also TypeError: a batch cannot be passed to the model
         ├── CalibrationError           also ValueError: the data cannot give statistics
+        ├── RepairError                also ValueError: a repair that cannot be meant
         ├── VerifyError                also AssertionError: a layer moved or is not frozen
         ├── RuleError                  also ValueError: no rule has that code or slug
         ├── FindingsError              also AssertionError: findings at or above a severity
@@ -59,6 +60,10 @@ class BatchError(StillnormError, TypeError):
 
 class CalibrationError(StillnormError, ValueError):
     """Data from which no statistics can be estimated."""
+
+
+class RepairError(StillnormError, ValueError):
+    """A repair that was asked for something it cannot be meant to do."""
 
 
 class VerifyError(StillnormError, AssertionError):

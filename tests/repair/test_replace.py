@@ -21,7 +21,7 @@ from repair.replacing import (
     exact,
     no_differences,
 )
-from stillnorm.errors import SelectorError
+from stillnorm.errors import RepairError, SelectorError
 from stillnorm.norms import hold_of
 from stillnorm.repair import replace
 from stillnorm.repair.kinds import KINDS, WAS
@@ -317,8 +317,8 @@ def test_a_callable_may_leave_layers_and_see_all_norms() -> None:
 @pytest.mark.parametrize(
     ("make", "error"),
     [
-        (lambda norm: norm, ValueError),
-        (lambda norm: 3, TypeError),
+        (lambda norm: norm, RepairError),
+        (lambda norm: 3, RepairError),
         (lambda norm: 1 / 0, ZeroDivisionError),
     ],
 )
@@ -437,7 +437,7 @@ def test_the_selector_and_the_kind_are_checked_first() -> None:
     assert (type(net[1]), type(net[3][1])) == (nn.BatchNorm2d, nn.SyncBatchNorm)
     with pytest.raises(SelectorError):
         replace(net, "sync", "nothing")
-    with pytest.raises(ValueError, match=r"'gruop' is not one of group, layer, affine, sync"):
+    with pytest.raises(RepairError, match=r"no kind 'gruop'\n  help: one of group, layer, affine"):
         replace(net, "gruop")
     empty = replace(nn.Sequential(nn.Linear(2, 2)), "sync")
     assert empty.replaced == empty.refused == empty.already == ()

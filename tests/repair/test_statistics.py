@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stillnorm import repair
-from stillnorm.errors import StateError
+from stillnorm.errors import RepairError
 from stillnorm.repair import statistics, surgery
 from support.fingerprint import Fingerprint
 from support.layers import conv_input, conv_net
@@ -65,7 +65,7 @@ def test_what_gives_no_variance_is_refused_and_the_rest_is_done() -> None:
 
 @pytest.mark.parametrize("held", ["std", 0.0, -1.0, float("nan"), float("inf")])
 def test_what_is_not_known_raises(held: Any) -> None:
-    with pytest.raises(StateError):
+    with pytest.raises(RepairError):
         repair.convert_variance(conv_net(), held)
 
 
@@ -80,7 +80,7 @@ def test_clamping_leaves_sound_layers_alone() -> None:
     assert net[1].running_var[2] == 0
     before[0][2] = 0
     assert all(map(torch.equal, variance(net), before))
-    with pytest.raises(StateError):
+    with pytest.raises(RepairError):
         repair.clamp_variance(net, minimum=-1.0)
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from torch import nn
 from torch.nn.utils import parametrize
 
+from stillnorm.errors import RepairError
 from stillnorm.holding import hold, part_unheld, remember
 from stillnorm.norms import Layers, NormLayer, hold_of, select
 from stillnorm.repair.affine import must_agree
@@ -64,8 +65,8 @@ def replace(model: nn.Module, kind: Replacement, layers: Layers = None) -> Repla
     Raises:
         StateError: The model is wrapped by DistributedDataParallel or `fully_shard`, which know its
             tensors; or a new layer does not compute what the old one does in eval mode.
-        ValueError: There is no such kind, or the callable returned the layer itself.
-        TypeError: The callable returned something else than a module.
+        RepairError: There is no such kind, or the callable returned the layer itself, or something
+            else than a module.
         SelectorError: `layers` matches nothing.
 
     Mutates:
@@ -129,7 +130,10 @@ def _kind(model: nn.Module, kind: Replacement) -> Kind:
     if callable(kind):
         return Kind(partial(_made_by, kind, set(model.modules())), same_eval=False)
     if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}, nor a callable")
+        raise RepairError(
+            f"there is no kind {kind!r}",
+            help=f"one of {', '.join(KINDS)}; or a function (norm) -> module",
+        )
     return KINDS[kind]
 
 
@@ -142,9 +146,15 @@ def _made_by(
     if new is None:
         return "the callable returned None for it"
     if not isinstance(new, nn.Module):
-        raise TypeError(f"{layer.path}: the callable returned {type(new).__name__}, not a module")
+        raise RepairError(
+            f"{layer.path}: the function returned a {type(new).__name__}, not a module",
+            help="return the new module, or None to leave the layer",
+        )
     if new is old:
-        raise ValueError(f"{layer.path}: the callable returned the layer itself, not a new one")
+        raise RepairError(
+            f"{layer.path}: the function returned the layer itself",
+            help="return a new module, or None to leave the layer",
+        )
     for module in new.modules():
         if module not in there and hold_of(module) is None:
             module.training = old.training if layer.hold is None else layer.hold.asked

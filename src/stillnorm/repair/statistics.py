@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stillnorm.errors import StateError
+from stillnorm.errors import RepairError
 from stillnorm.norms import Layers, NormLayer, select
 from stillnorm.repair.report import left_alone
 from stillnorm.repair.surgery import Surgery
@@ -99,7 +99,7 @@ def convert_variance(model: nn.Module, held: Held | float, layers: Layers = None
         Which layers were repaired; which were not, and why; `undo()`.
 
     Raises:
-        StateError: `held` is not one of these, or a number that is not positive.
+        RepairError: `held` is not one of these, or a number that is not positive.
         SelectorError: `layers` matches nothing.
 
     Mutates:
@@ -114,12 +114,12 @@ def convert_variance(model: nn.Module, held: Held | float, layers: Layers = None
     """
     if isinstance(held, str):
         if held not in ("deviation", "inverse", "inverse deviation"):
-            raise StateError(
+            raise RepairError(
                 f"held={held!r} is nothing that a running_var is known to hold",
                 help='"deviation", "inverse", "inverse deviation", or a factor',
             )
     elif not 0 < held < float("inf"):
-        raise StateError(f"held={held}: a factor must be positive", help="n / (n - 1), say")
+        raise RepairError(f"held={held}: a factor must be positive", help="n / (n - 1), say")
 
     def repair(layer: NormLayer, surgery: Surgery) -> str | None:
         var = layer.running_var
@@ -161,7 +161,7 @@ def clamp_variance(
         their statistics are refused: nothing says what they were.
 
     Raises:
-        StateError: The minimum is negative.
+        RepairError: The minimum is negative.
         SelectorError: `layers` matches nothing.
 
     Mutates:
@@ -174,7 +174,7 @@ def clamp_variance(
         (('', 'running_var of 1 channel raised to 0'),)
     """
     if not 0 <= minimum < float("inf"):
-        raise StateError(f"minimum={minimum} is no variance", help="0, or a small positive number")
+        raise RepairError(f"minimum={minimum} is no variance", help="0, or a small positive number")
 
     def repair(layer: NormLayer, surgery: Surgery) -> str | None:
         mean, var = layer.running_mean, layer.running_var
