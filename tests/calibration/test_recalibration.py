@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import stillnorm as sn
 from calibration.received import assert_exact, assert_statistics, recording
 from stillnorm import recalibrate
-from stillnorm.errors import CalibrationError, SelectorError, StateError
+from stillnorm.errors import BatchError, CalibrationError, SelectorError, StateError
 from support.fingerprint import Fingerprint, values
 from support.layers import CASES, conv_input, conv_net, example, make
 from support.oracles import pooled_moments
@@ -416,3 +417,29 @@ def test_an_empty_batch_does_not_make_a_layer_shared(method: str) -> None:
     net = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
     data = iter([torch.randn(8, 4), torch.randn(0, 4), torch.randn(3, 4)])
     assert recalibrate(net, data, method=method).shared == ()  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ what newcomers do
+
+
+def test_arguments_the_wrong_way_round_and_of_the_wrong_kind() -> None:
+    with pytest.raises(CalibrationError, match="model is a list"):
+        recalibrate(batches(), conv_net())  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="tolerance='1%'"):
+        recalibrate(conv_net(), batches(), tolerance="1%")  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="no group 'slef'"):
+        recalibrate(conv_net(), batches(), group="slef")  # type: ignore[arg-type]
+    with pytest.raises(BatchError, match="call it: batches"):
+        recalibrate(conv_net(), batches)
+    with pytest.raises(BatchError, match=r"NumPy array.*\n.*torch.from_numpy"):
+        recalibrate(conv_net(), [x.numpy() for x in batches()])
+
+
+def test_the_report_says_what_a_tolerance_would_take_and_that_one_batch_tells_nothing() -> None:
+    report = recalibrate(conv_net(), batches(), tolerance=0.001)
+    error = report.standard_error
+    assert error is not None
+    needed = math.ceil(3 * (error / 0.001) ** 2)
+    assert f"0.0010 would take about {needed} batches" in str(report)
+    assert "would take" not in str(recalibrate(conv_net(), batches()))
+    assert "one batch alone" in str(recalibrate(conv_net(), batches()[0]))

@@ -40,9 +40,11 @@ class Data:
                 f"max_batches={self.max_batches}: there is nothing to estimate from",
                 help="None takes all batches",
             )
-        if self.tolerance is not None and not self.tolerance > 0:
+        if self.tolerance is not None and not (
+            isinstance(self.tolerance, int | float) and self.tolerance > 0
+        ):
             raise CalibrationError(
-                f"tolerance={self.tolerance}: no number of batches gives that",
+                f"tolerance={self.tolerance!r}: no number of batches gives that",
                 help="0.01 is one percent of a deviation; None takes all batches",
             )
 

@@ -35,6 +35,10 @@ class Ranks:
     """
 
     def __init__(self, group: Group, device: torch.device) -> None:
+        if isinstance(group, str) and group != "self":
+            raise CalibrationError(
+                f"there is no group {group!r}", help='a process group, "self", or None for all'
+            )
         self._group: ProcessGroup | None = None
         self._device = device
         if group == "self" or not dist.is_available() or not dist.is_initialized():

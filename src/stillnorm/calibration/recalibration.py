@@ -125,6 +125,10 @@ def recalibrate(
         Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3. fvcore's PreciseBN and
         `torch.optim.swa_utils.update_bn` are the same idea without the guarantees.
     """
+    if not isinstance(model, nn.Module):
+        raise CalibrationError(
+            f"model is a {type(model).__name__}", help="recalibrate(model, batches), in this order"
+        )
     passes = _PASSES.get(method)
     if passes is None:
         raise CalibrationError(
@@ -154,6 +158,7 @@ def recalibrate(
         circular=tuple(layer.path for layer in gathered.circular),
         refused=targets.refused + refused,
         method=method,
+        tolerance=tolerance,
         batches=gathered.batches,
         samples=gathered.samples,
         _before={change.layer.module: change.before for change in changes},

@@ -64,15 +64,15 @@ class Recalibrated:
     paths: tuple[str, ...]
     samples: int
     count: int
-    mean_before: Tensor
-    mean_after: Tensor
-    var_before: Tensor
-    var_after: Tensor
+    mean_before: Tensor = field(repr=False)
+    mean_after: Tensor = field(repr=False)
+    var_before: Tensor = field(repr=False)
+    var_after: Tensor = field(repr=False)
     eps: float
     mean_moved: float
     var_ratio: float
-    mean_error: Tensor | None
-    var_error: Tensor | None
+    mean_error: Tensor | None = field(repr=False)
+    var_error: Tensor | None = field(repr=False)
     standard_error: float | None
 
 
@@ -102,6 +102,7 @@ class RecalibrationReport:
             received first.
         refused: (path, reason) of layers that cannot be recalibrated.
         method: "pooled" or "sequential".
+        tolerance: The standard error at which it was to stop; None where it was to take all.
         batches: The number of batches.
         samples: The number of samples in them.
     """
@@ -113,6 +114,7 @@ class RecalibrationReport:
     circular: tuple[str, ...]
     refused: tuple[tuple[str, str], ...]
     method: Method
+    tolerance: float | None
     batches: int
     samples: int
     _before: Mapping[nn.Module, Mapping[str, Tensor]] = field(repr=False)
@@ -151,16 +153,16 @@ class RecalibrationReport:
         most = sorted(self.layers, key=_unsettled, reverse=True)[:_SHOWN]
         blocks: list[Block] = []
         if most:
-            header = ("moved most", "values", "mean moved (sigma)", "variance x", "standard error")
+            header = (
+                "moved most", "values", "mean moved (new sigma)", "variance x", "standard error",
+            )  # fmt: skip
             blocks += [Line(""), Table(header, tuple(map(_row, most)), "lrrrr")]
         if len(self.layers) > _SHOWN:
             blocks.append(Line(f"and {len(self.layers) - _SHOWN} more, which moved less"))
-        if self.standard_error is not None and self.layers:
-            blocks.append(
-                Line(f"largest standard error of any layer: {number(self.standard_error)}")
-            )
+        if self.layers:
+            blocks.append(Line(self._how_well()))
         for label, paths in (
-            ("used at several places, one set of statistics for all", self.shared),
+            ("called several times, one set of statistics for all (see sn.check)", self.shared),
             ("given what comes of their own output, no fixed point", self.circular),
             ("not reached", self.unreached),
             ("held, left alone", self.held),
@@ -170,6 +172,17 @@ class RecalibrationReport:
         if self.refused:
             blocks += [Line(""), Table(("refused", "because"), refusal_rows(self.refused), "ll")]
         return Document(title, tuple(blocks))
+
+    def _how_well(self) -> str:
+        """Say how well the statistics are known, and what would be needed."""
+        error = self.standard_error
+        if error is None:
+            return "one batch alone: how well the statistics are known cannot be told"
+        told = f"largest standard error of any layer: {number(error)}"
+        if self.tolerance is None or error <= self.tolerance:
+            return told
+        needed = math.ceil(self.batches * (error / self.tolerance) ** 2)
+        return f"{told}; {number(self.tolerance)} would take about {count(needed, 'batch')}"
 
     def to_html(self) -> str:
         """Return the report as a page with plots: every layer, and the channels of the worst."""

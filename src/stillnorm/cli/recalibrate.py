@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from stillnorm.cli.options import TARGETS, load, on_model, show, working
-from stillnorm.errors import FileFormatError
+from stillnorm.errors import CalibrationError, FileFormatError
 from stillnorm.reports.numbers import count, short
 
 if TYPE_CHECKING:
@@ -104,6 +104,11 @@ def recalibrate(
                 max_batches=max_batches,
                 tolerance=tolerance,
                 progress=progress,
+            )
+        if not report.layers:
+            raise CalibrationError(
+                "there is no layer to recalibrate",
+                help="stillnorm inspect shows what norms there are, and what holds them",
             )
         group.all(lambda: _write(placed.model, file))
         show(report, report.document(), format)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal
@@ -97,6 +97,8 @@ def split_shared(
     counted, before = _run(model, first, forward, [layer.module for layer in chosen])
     with Surgery() as surgery:
         plans, refused = _plan(model, chosen, counted)
+        if layers is not None:
+            refused += [(layer.path, reason) for layer, reason in _single(chosen, counted)]
         edits = [_Edit.make(surgery, plan, affine) for plan in plans]
         counted, _ = _run(model, first, forward, [m for edit in edits for m in edit.watched])
         reasons = {edit: edit.split(counted, affine) for edit in edits}
@@ -201,6 +203,16 @@ def _plan(
         else:
             plans.append(_Plan(layer, places, calls.count))
     return plans, refused
+
+
+def _single(
+    chosen: Sequence[NormLayer], counted: dict[nn.Module, Calls]
+) -> Iterator[tuple[NormLayer, str]]:
+    """Yield layers that were named and are called no more than once, with the reason."""
+    for layer in chosen:
+        calls = counted.get(layer.module)
+        if calls is None or calls.count < 2:
+            yield layer, "is not called" if calls is None else "is called once in a forward"
 
 
 def _run(

@@ -43,9 +43,12 @@ def each_batch(batches: object) -> Iterator[object]:
             help="batches=torch.utils.data.DataLoader(dataset, batch_size=64)",
         )
     if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
+        calls = callable(batches) and not isinstance(batches, Tensor)
         raise BatchError(
             f"batches= cannot be a {type(batches).__name__}",
-            help="give a tensor, a DataLoader, a list of batches, or any iterable of batches",
+            help=f"call it: {getattr(batches, '__name__', 'batches')}()"
+            if calls
+            else "give a tensor, a DataLoader, a list of batches, or any iterable of batches",
         )
     iterator = iter(batches)
     index = 0

@@ -89,6 +89,11 @@ def _arguments(
         return (), dict(batch)
     if isinstance(batch, list | tuple) and len(batch) in (1, 2) and isinstance(batch[0], Tensor):
         return (batch[0],), {}  # (inputs,) is what a DataLoader over TensorDataset(x) yields
+    if type(batch).__name__ == "ndarray":
+        raise BatchError(
+            "a batch is a NumPy array, and the model takes tensors",
+            help="torch.from_numpy(batch), of the dtype that the model has",
+        )
     raise BatchError(
         f"a batch is {_describe(batch)}: unclear what of it the model takes",
         help=f"forward=lambda model, batch: model({_guess(batch, signature)})",
