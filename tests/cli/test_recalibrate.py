@@ -65,6 +65,10 @@ class Extra(nn.BatchNorm2d):
         pass
 
 
+def bare():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
+
+
 def extra():
     return nn.Sequential(nn.Conv2d(3, 4, 3), Extra(4))
 
@@ -270,8 +274,9 @@ def test_tensors_under_two_names_are_written_under_both(run, files, code):
         (("recalibrate", "cal.py:net", "--data", "none.py:data"), "there is no file none.py"),
         ((*command(), "--layers", "bn9"), "bn9"),
         (command(net="extra"), "1._extra_state is a str"),
+        (command(net="bare"), "there is no layer to recalibrate"),
     ],
-    ids=["forward", "nan", "empty", "weights", "data", "layers", "extra-state"],
+    ids=["forward", "nan", "empty", "weights", "data", "layers", "extra-state", "no-norm"],
 )
 def test_what_fails_is_told_and_no_file_is_touched(fails, files, args, fact):
     before = sorted(files.glob("*.*"))
