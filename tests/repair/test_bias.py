@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stillnorm.errors import StateError
 from stillnorm.repair import absorb_bias, bias, surgery
 from support.fingerprint import Fingerprint
+from support.interruptions import Interruption
 from support.layers import conv_input, settle
 from support.zoo import images, torchvision
 
@@ -148,20 +149,11 @@ def test_undo() -> None:
 def test_an_error_at_any_step_leaves_no_trace(
     monkeypatch: pytest.MonkeyPatch, kind: type[BaseException], where: Any, name: str, nth: int
 ) -> None:
-    real, count = getattr(where, name), 0
-
-    def explode(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        result = real(*args, **kwargs)
-        if count == nth:
-            raise kind("step")
-        return result
-
     model = made()
     before = Fingerprint(model, versions=False)
-    monkeypatch.setattr(where, name, explode)
+    interruption = Interruption(monkeypatch, where, name, nth, kind)
     with pytest.raises(kind):
         absorb_bias(model, conv_input())
     monkeypatch.undo()
+    assert interruption.calls >= nth
     assert not Fingerprint(model, versions=False).differences(before)

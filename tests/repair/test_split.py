@@ -18,6 +18,7 @@ from stillnorm import split_shared
 from stillnorm.errors import BatchError, CalibrationError, StateError
 from stillnorm.repair import SplitNorm, calls, shared_state_dict, split, surgery
 from support.fingerprint import Fingerprint
+from support.interruptions import Interruption
 from support.layers import conv_input, settle
 from support.oracles import pooled_moments
 from support.tolerances import STATISTICS_RTOL
@@ -503,26 +504,14 @@ def test_an_error_at_any_step_leaves_no_trace(
     nth: int,
     when: str,
 ) -> None:
-    real, count = getattr(where, name), 0
-
-    def explode(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == nth and when == "before":
-            raise kind("step")
-        result = real(*args, **kwargs)
-        if count == nth:
-            raise kind("step")
-        return result
-
     net = nn.Sequential(Loop(2), Twice())
     hook = net[0].register_forward_pre_hook(lambda *_: None)
     before, modules = Fingerprint(net, versions=False), list(net.modules())
-    monkeypatch.setattr(where, name, explode)
+    interruption = Interruption(monkeypatch, where, name, nth, kind, before=when == "before")
     with pytest.raises(kind):
         split_shared(net, data())
     monkeypatch.undo()
-    assert count >= nth
+    assert interruption.calls >= nth
     assert not Fingerprint(net, versions=False).differences(before)
     assert list(net.modules()) == modules
     assert list(net[0]._forward_pre_hooks) == [hook.id]

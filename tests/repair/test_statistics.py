@@ -15,6 +15,7 @@ from stillnorm import repair
 from stillnorm.errors import RepairError
 from stillnorm.repair import statistics, surgery
 from support.fingerprint import Fingerprint
+from support.interruptions import Interruption
 from support.layers import conv_input, conv_net
 
 REPAIRS: dict[str, Callable[[nn.Module], statistics.RepairReport]] = {
@@ -139,20 +140,11 @@ def test_an_error_at_any_write_leaves_no_trace(
     monkeypatch: pytest.MonkeyPatch, name: str, nth: int, kind: type[BaseException]
 ) -> None:
     edit = "set_data" if name == "float32" else "write"
-    real, count = getattr(surgery.Surgery, edit), 0
-
-    def explode(*args: Any) -> None:
-        nonlocal count
-        count += 1
-        real(*args)
-        if count == nth:
-            raise kind("write")
-
     net = conv_net()
     before = Fingerprint(net.half() if name == "float32" else net, versions=False)
-    monkeypatch.setattr(surgery.Surgery, edit, explode)
+    interruption = Interruption(monkeypatch, surgery.Surgery, edit, nth, kind)
     with pytest.raises(kind):
         REPAIRS[name](net)
     monkeypatch.undo()
-    assert count == nth
+    assert interruption.calls == nth
     assert not Fingerprint(net, versions=False).differences(before)

@@ -14,6 +14,7 @@ from stillnorm import track_statistics
 from stillnorm.errors import BatchError, CalibrationError, StateError
 from stillnorm.repair import surgery, track
 from support.fingerprint import Fingerprint
+from support.interruptions import Interruption
 from support.layers import conv_input, conv_net
 from support.zoo import images, make, timm
 
@@ -154,22 +155,13 @@ def test_undo() -> None:
 def test_an_error_at_any_step_leaves_no_trace(
     monkeypatch: pytest.MonkeyPatch, kind: type[BaseException], where: Any, name: str, nth: int
 ) -> None:
-    real, count = getattr(where, name), 0
-
-    def explode(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        result = real(*args, **kwargs)
-        if count == nth:
-            raise kind("step")
-        return result
-
     made = net()
     before = Fingerprint(made, versions=False)
-    monkeypatch.setattr(where, name, explode)
+    interruption = Interruption(monkeypatch, where, name, nth, kind)
     with pytest.raises(kind):
         track_statistics(made, data())
     monkeypatch.undo()
+    assert interruption.calls >= nth
     assert not Fingerprint(made, versions=False).differences(before)
 
 
