@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stillnorm.errors import StateError
 from stillnorm.repair import absorb_bias, bias, surgery
@@ -115,6 +116,35 @@ def test_real_networks(name: str, biases: int) -> None:
     report = absorb_bias(model, x)
     assert len(report.repaired) == biases
     torch.testing.assert_close(model(x), want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+class InTraining(nn.Module):
+    """Something stands between the two in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.norm(F.dropout(x) if self.training else x)
+
+
+class UsedElsewhere(InTraining):
+    def forward(self, x: Tensor) -> Tensor:
+        aside = F.conv2d(x, self.conv.weight, self.conv.bias).argmax(1)
+        return self.norm(self.conv(x)) + aside[:, None]
+
+
+@pytest.mark.parametrize("kind", [InTraining, UsedElsewhere])
+def test_what_train_mode_or_others_do_with_it(kind: type[nn.Module]) -> None:
+    model = settle(kind())
+    x = conv_input()
+    before = Fingerprint(model)
+    report = absorb_bias(model, x)
+    assert report.repaired == ()
+    assert [path for path, _ in report.refused] == ["conv"]
+    assert not Fingerprint(model).differences(before)
 
 
 def test_a_bias_that_rounding_would_lose_is_an_error() -> None:

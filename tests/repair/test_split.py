@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -342,6 +343,66 @@ def test_half_and_device_casts_keep_the_sharing() -> None:
     assert net(data()[0].double()).dtype == torch.float64
 
 
+def test_two_threads_do_not_mix_their_calls() -> None:
+    net = Twice()
+    split_shared(net, data())
+    inside, go = threading.Event(), threading.Event()
+    first = True
+
+    def wait(*_: Any) -> None:
+        nonlocal first
+        if first:
+            first = False
+            inside.set()
+            go.wait(10)
+
+    net.q.register_forward_hook(wait)
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            net(data()[0])
+        except StateError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    inside.wait(10)
+    net(data()[1])
+    go.set()
+    thread.join()
+    assert "two threads" in str(errors[0])
+
+
+def test_what_is_set_on_the_layer_is_set_on_its_norms() -> None:
+    net = Loop()
+    split_shared(net, data())
+    net.norm.momentum, net.norm.training = 0.5, False
+    net.norm.reset_running_stats()
+    for site in net.norm.sites:
+        assert (site.momentum, site.training) == (0.5, False)
+        assert not site.running_mean.any()
+    assert net.norm.momentum == 0.5
+
+
+def test_hooks_are_the_users_own() -> None:
+    net = Loop()
+    seen: list[nn.Module] = []
+
+    class Recorder:
+        def note(self, module: nn.Module, *_: Any) -> None:
+            self.last = module
+            seen.append(module)
+
+    recorder = Recorder()
+    net.norm.register_forward_hook(recorder.note)
+    split_shared(net, data())
+    seen.clear()
+    net(data()[0])
+    assert seen == list(net.norm.sites)
+    assert recorder.last is net.norm.sites[2]
+
+
 # ------------------------------------------------------------------ checkpoints
 
 
@@ -394,6 +455,18 @@ def test_private_parameters_cannot_be_shared_again() -> None:
         shared_state_dict(net)
 
 
+def test_a_checkpoint_that_is_assigned_keeps_the_norms_apart_and_the_parameters_together() -> None:
+    net = Loop()
+    old = {k: v.clone() for k, v in net.state_dict().items()}
+    split_shared(net, data())
+    net.load_state_dict(old, assign=True)
+    first, second, third = net.norm.sites
+    assert first.weight is second.weight is third.weight
+    pointers = {site.running_mean.data_ptr() for site in net.norm.sites}
+    assert len(pointers) == 3
+    assert len(list(net.parameters())) == 4
+
+
 def test_missing_keys_are_still_missed() -> None:
     net = Loop()
     split_shared(net, data())
@@ -404,6 +477,36 @@ def test_missing_keys_are_still_missed() -> None:
 
 
 # ------------------------------------------------------------------ what is refused
+
+
+def test_a_module_that_calls_itself() -> None:
+    class Recursive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor, depth: int = 2) -> Tensor:
+            x = self.norm(3 * x + 5 * depth)
+            return self(x.relu(), depth - 1) if depth else x
+
+    report = split_shared(Recursive(), data())
+    assert report.split == ()
+    assert report.refused == (("norm", "is called by a module that calls itself"),)
+
+
+def test_a_class_that_copies_itself_in_its_own_way() -> None:
+    class Copies(nn.BatchNorm2d):
+        def __deepcopy__(self, memo: Any) -> nn.Module:
+            made = type(self)(self.num_features)
+            made.load_state_dict(self.state_dict())
+            return made
+
+    net = Loop()
+    net.norm = Copies(3)
+    before = Fingerprint(net)
+    with pytest.raises(StateError, match="does not keep its parameters"):
+        split_shared(net, data())
+    assert not Fingerprint(net).differences(before)
 
 
 def test_a_norm_in_a_plain_list_is_named() -> None:
@@ -556,6 +659,20 @@ def test_undo(net: nn.Module) -> None:
     assert list(net.modules()) == modules
     report.undo()
     assert list(net.modules()) == modules
+
+
+def test_undo_leaves_the_mode_and_other_hooks_as_they_are_now() -> None:
+    net = nn.Sequential(Loop(2), Twice()).train()
+    first = split_shared(net, data(), "0")
+    second = split_shared(net, data(), "1")
+    hook = net[0].register_forward_pre_hook(lambda *_: None)
+    net.eval()
+    first.undo()
+    hook.remove()
+    second.undo()
+    assert not net[0].norm.training
+    assert not net[0]._forward_pre_hooks
+    assert not net[1]._forward_pre_hooks
 
 
 def test_batches_from_an_iterator_are_read_once() -> None:

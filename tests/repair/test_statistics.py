@@ -148,3 +148,33 @@ def test_an_error_at_any_write_leaves_no_trace(
     monkeypatch.undo()
     assert interruption.calls == nth
     assert not Fingerprint(net, versions=False).differences(before)
+
+
+def test_negative_variances_are_not_squared_away() -> None:
+    for held in ("deviation", "inverse", "inverse deviation"):
+        layer = nn.BatchNorm2d(2)
+        layer.running_var.copy_(torch.tensor([-3.0, 2.0]))
+        assert repair.convert_variance(layer, held).refused, held  # type: ignore[arg-type]
+        assert layer.running_var.tolist() == [-3, 2]
+
+
+def test_ties_stay_ties() -> None:
+    with torch.inference_mode():
+        net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+        net[1].weight = net[0].weight
+    repair.clone_inference_tensors(net)
+    assert net[0].weight is net[1].weight
+    half = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).half()
+    half[1].bias = half[0].bias
+    assert "shares a tensor" in repair.to_float32(half, "1").refused[0][1]
+    assert half[0].bias.dtype == torch.float16
+
+
+def test_gradients_are_cast_with_their_parameters() -> None:
+    layer = nn.BatchNorm2d(3).half()
+    layer.weight.grad = torch.ones(3).half()
+    grad = layer.weight.grad
+    report = repair.to_float32(layer)
+    assert layer.weight.grad.dtype == torch.float32
+    report.undo()
+    assert layer.weight.grad is grad

@@ -183,3 +183,31 @@ def test_lazy_models_are_refused_as_everywhere() -> None:
     with pytest.raises(StateError, match="LazyBatchNorm2d"):
         track_statistics(made, data())
     assert made[1].running_mean is None
+
+
+def test_norms_that_the_models_own_train_keeps_in_eval() -> None:
+    class NormEval(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.BatchNorm2d(3, track_running_stats=False)
+            self.b = nn.BatchNorm2d(3, track_running_stats=False)
+
+        def train(self, mode: bool = True) -> nn.Module:
+            super().train(mode)
+            self.a.training = self.b.training = False
+            return self
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(8 * x + 60))
+
+    made, x = NormEval().train(), torch.cat(data())
+    want = made(x)
+    track_statistics(made, x)
+    torch.testing.assert_close(made(x), want, rtol=0.02, atol=0.02)
+
+
+def test_statistics_are_never_integers() -> None:
+    made = nn.Sequential(nn.BatchNorm2d(3, affine=False, track_running_stats=False))
+    made.register_parameter("quantised", nn.Parameter(torch.zeros(2, dtype=torch.int8), False))
+    track_statistics(made, data())
+    assert made[0].running_var.dtype == torch.float32

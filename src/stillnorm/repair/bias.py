@@ -9,18 +9,18 @@ it is part of the running mean:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from stillnorm.errors import StateError
+from stillnorm.errors import BatchError, StateError
 from stillnorm.holding.folding import is_convolutional
 from stillnorm.norms import NormLayer, find_norms, walk
 from stillnorm.repair.statistics import RepairReport
 from stillnorm.repair.surgery import Surgery, refuse_wrapped
-from stillnorm.state import eval_mode
-from stillnorm.tracing import Forward, call_example, copied, looking, tensors_in
+from stillnorm.state import eval_mode, preserved
+from stillnorm.tracing import Forward, call_example, copied, eager, first_line, looking, tensors_in
 from stillnorm.tracing.links import Links, Output, links
 
 # How far the eval output may move, relative to its largest value: rounding, in eps of its dtype.
@@ -34,8 +34,7 @@ def absorb_bias(
 
     The bias of a layer whose output goes to a batch norm and nowhere else does nothing in training;
     it costs a parameter, an optimizer state, and it makes a running mean of a large offset. It is
-    subtracted from the running mean and removed. Eval mode computes what it did, up to rounding;
-    train mode what it did, exactly.
+    subtracted from the running mean and removed. Both modes compute what they did, up to rounding.
 
     Args:
         model: The model.
@@ -69,29 +68,25 @@ def absorb_bias(
     """
     refuse_wrapped(model)
     norms = find_norms(model)
-    with looking(model):
-        model.eval()
-        seen = links(model, norms, lambda: call_example(model, copied(example), forward))
+    ways = [_links(model, norms, example, forward, training) for training in (False, True)]
     before = _output(model, example, forward)
     repaired: list[tuple[str, str]] = []
     refused: list[tuple[str, str]] = []
     by_module = {norm.module: norm for norm in norms}
-    outputs: dict[nn.Module, list[Output]] = {}
-    for output in seen.outputs:
-        outputs.setdefault(output.module, []).append(output)
     owners = _owners(model)
     with Surgery() as surgery:
         for path, module, _ in {m: (p, m, a) for p, m, a in walk(model)}.values():
             bias = getattr(module, "bias", None) if is_convolutional(module) else None
-            after = _norms_after(outputs.get(module, ()), by_module)
+            after = _norms_after(_outputs_of(module, ways[0]), by_module)
             if bias is None or not after:
                 continue
             norm = after[0]
-            reason = _why_not(module, outputs[module], after, seen, owners)
+            reasons = (_why_not(module, seen, norm, by_module, owners) for seen in ways)
+            reason = next((reason for reason in reasons if reason is not None), None)
             if reason is not None:
                 refused.append((path, reason))
                 continue
-            mean = norm.module.get_buffer("running_mean")
+            mean = norm.tensors()["running_mean"]
             surgery.write(mean, (mean.double() - bias.detach().double()).to(mean.dtype))
             surgery.set_item(module._parameters, "bias", None)
             repaired.append((path, f"bias into {norm.path}"))
@@ -109,18 +104,49 @@ def _norms_after(
     return [norm for norm in found if norm.has_statistics and norm.family == "batch"]
 
 
+def _links(
+    model: nn.Module,
+    norms: Collection[NormLayer],
+    example: object,
+    forward: Forward | None,
+    training: bool,
+) -> Links:
+    """See who feeds whom in one mode: there are things that act in training only."""
+    # Not `looking`: it keeps the statistics from norms in train mode, by which they are known.
+    with preserved(model), torch.no_grad(), eager():
+        model.train(training)
+        try:
+            return links(model, norms, lambda: call_example(model, copied(example), forward))
+        except ValueError as error:
+            if not training:
+                raise
+            raise BatchError(
+                f"in train mode the model does not take the example: {first_line(error)}",
+                help="an example of several samples shows what train mode does",
+            ) from error
+
+
+def _outputs_of(module: nn.Module, seen: Links) -> list[Output]:
+    return [output for output in seen.outputs if output.module is module]
+
+
 def _why_not(
     module: nn.Module,
-    outputs: list[Output],
-    after: list[NormLayer],
     seen: Links,
+    norm: NormLayer,
+    norms: Mapping[nn.Module, NormLayer],
     owners: Mapping[int, int],
 ) -> str | None:
     """Return why the bias has to stay, or None."""
-    norm = after[0]
+    outputs = _outputs_of(module, seen)
+    after = _norms_after(outputs, norms)
+    if after != [norm]:
+        return f"in train mode its output goes elsewhere than to {norm.path}"
+    if module in seen.elsewhere:
+        return f"its weight or bias is used by {seen.elsewhere[module]} too"
     if "bias" not in module._parameters:
         return "its bias is parametrized"
-    if len(after) > 1 or any(len(output.uses) != 1 or output.is_kept for output in outputs):
+    if any(len(output.uses) != 1 or output.is_kept for output in outputs):
         return f"its output is used by somebody else than {norm.path}"
     if any(source not in outputs for source in seen.sources[norm.module]):
         return f"{norm.path} receives something else too"
@@ -150,8 +176,17 @@ def _output(model: nn.Module, example: object, forward: Forward | None) -> list[
 
 def _must_agree(before: list[Tensor], after: list[Tensor]) -> None:
     for a, b in zip(before, after, strict=True):
-        if not a.is_floating_point() or not a.numel():
+        if not a.numel():
             continue
+        if not a.is_floating_point():
+            if not torch.equal(a, b):
+                raise StateError(
+                    "without the biases an output of integers is another",
+                    help="something that no trace sees uses the layer; nothing was changed",
+                )
+            continue
+        sound = a.isfinite() | b.isfinite()
+        a, b = a.where(sound, 0), b.where(sound, 0)
         far = float((a.double() - b.double()).abs().max())
         if not far <= _ROUNDING * torch.finfo(a.dtype).eps * float(a.double().abs().max()):
             raise StateError(

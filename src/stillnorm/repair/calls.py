@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -48,11 +48,18 @@ class Calls:
         count: How many there are.
         stack: The calls of modules that enclose all of them, from the root: (number, module).
         sites: The user's lines.
+        recursive: Modules that were called while they were running.
     """
 
     count: int
     stack: list[tuple[int, nn.Module]]
     sites: list[Site | None]
+    recursive: set[nn.Module] = field(default_factory=set, repr=False)
+
+    @property
+    def is_recursive(self) -> bool:
+        """Whether the owner calls itself."""
+        return self.owner in self.recursive
 
     @property
     def owner(self) -> nn.Module | None:
@@ -65,6 +72,7 @@ class CallCounter:
 
     def __init__(self, modules: Collection[nn.Module]) -> None:
         self.calls: dict[nn.Module, Calls] = {}
+        self.recursive: set[nn.Module] = set()
         self._modules = set(modules)
         self._running: list[tuple[int, nn.Module]] = []
         self._number = 0
@@ -81,13 +89,15 @@ class CallCounter:
             site = calling_site()
             before = self.calls.get(module)
             if before is None:
-                self.calls[module] = Calls(1, list(self._running), [site])
+                self.calls[module] = Calls(1, list(self._running), [site], self.recursive)
             else:
                 before.count += 1
                 before.sites.append(site)
                 before.stack = [
                     a for a, b in zip(before.stack, self._running, strict=False) if a == b
                 ]
+        if any(running is module for _, running in self._running):
+            self.recursive.add(module)
         self._number += 1
         self._running.append((self._number, module))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -32,18 +34,29 @@ class SplitNorm(nn.Module):
         self.training = norm.training
         self.sites = nn.ModuleList(twin(norm, shared=shared or i == 0) for i in range(calls))
         self.path = path
+        self.shared = shared
+        self.register_load_state_dict_post_hook(_tie)  # type: ignore[no-untyped-call]
         self._next = 0
+        self._thread = 0
         self._within = -1  # the backward that the owner's forward belongs to; -1: to none
 
     def restart(self) -> None:
         """Begin counting anew: the owner's forward begins."""
         self._next = 0
-        self._within = _backward()
+        if not torch.compiler.is_compiling():
+            self._within, self._thread = torch._C._current_graph_task_id(), threading.get_ident()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call the norm whose turn it is."""
         turn, calls = self._next, len(self.sites)
-        if _backward() != self._within:
+        watched = not torch.compiler.is_compiling()
+        if watched and turn and threading.get_ident() != self._thread:
+            raise StateError(
+                f"{self.path}: two threads run the module that calls it, and their calls cannot be "
+                "told apart",
+                help="give each thread a copy of the model",
+            )
+        if watched and torch._C._current_graph_task_id() != self._within:
             raise StateError(
                 f"{self.path}: a part of the forward that calls it {calls} times is computed again "
                 "in backward (activation checkpointing), where the calls cannot be told apart",
@@ -64,9 +77,22 @@ class SplitNorm(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "sites":
+            if name == "sites" or name.startswith("__"):
                 raise
             return getattr(self.sites[0], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what is the layer's on every norm."""
+        if name in _OF_THE_LAYER and "sites" in self.__dict__.get("_modules", ()):
+            for site in self.sites:
+                setattr(site, name, value)
+        if name not in _OF_THE_LAYER or name == "training":
+            super().__setattr__(name, value)
+
+    def reset_running_stats(self) -> None:
+        """Reset the statistics of every norm."""
+        for site in self.sites:
+            site.reset_running_stats()  # type: ignore[operator]
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -77,7 +103,9 @@ class SplitNorm(nn.Module):
             if key in state_dict:
                 value = state_dict.pop(key)
                 for i in range(len(self.sites)):
-                    state_dict.setdefault(f"{prefix}sites.{i}.{name}", value)
+                    # With assign=True the tensors themselves become the norms': each its own.
+                    own_value = value if i == 0 else value.clone()
+                    state_dict.setdefault(f"{prefix}sites.{i}.{name}", own_value)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -103,12 +131,32 @@ class Restart:
 def twin(norm: nn.Module, *, shared: bool) -> nn.Module:
     """Return a copy of a layer with statistics of its own, and parameters shared or of its own."""
     memo: dict[int, Any] = {id(p): p for p in norm.parameters()} if shared else {}
-    return copy.deepcopy(norm, memo)
+    for module in norm.modules():  # hooks hang on the user's objects
+        for name, hooks in vars(module).items():
+            if name.endswith("_hooks") and isinstance(hooks, dict):
+                memo.update((id(hook), hook) for hook in hooks.values())
+    with torch.inference_mode(False):
+        made = copy.deepcopy(norm, memo)
+    if shared and [*map(id, made.parameters())] != [*map(id, norm.parameters())]:
+        raise StateError(
+            f"a copy of {type(norm).__name__} does not keep its parameters",
+            help='its class has a __deepcopy__ of its own; affine="private" makes new ones',
+        )
+    return made
 
 
-def _backward() -> int:
-    """Return the number of the backward that is running, -1 outside; compilers see none."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+# Attributes that users set on a layer.
+_OF_THE_LAYER = frozenset({"training", "momentum", "eps", "track_running_stats"})
+
+
+def _tie(module: nn.Module, _: Any) -> None:
+    """Make parameters that are shared the same objects again: assign=True loads one for each."""
+    first, *others = module.sites  # type: ignore[misc]
+    if not module.shared:
+        return
+    for other in others:
+        for here, there in zip(first.modules(), other.modules(), strict=True):
+            there._parameters.update(here._parameters)
 
 
 def shared_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -121,7 +169,8 @@ def shared_state_dict(model: nn.Module) -> dict[str, Any]:
               \sigma^2 = \frac{1}{K} \sum_k \left( \sigma_k^2 + (\mu_k - \mu)^2 \right)
 
     They fit the calls as badly as they did. The way back is `load_state_dict`: a split model takes
-    a checkpoint from before as it is.
+    a checkpoint from before as it is. A layer that was registered at several places and is a norm
+    at each now has the same keys as before; a model that shares it loads the last of them.
 
     Args:
         model: The model, with `SplitNorm` in it.
@@ -137,7 +186,8 @@ def shared_state_dict(model: nn.Module) -> dict[str, Any]:
         >>> list(shared_state_dict(model))
         ['0.weight', '0.bias', '0.running_mean', '0.running_var', '0.num_batches_tracked']
     """
-    state: dict[str, Any] = dict(model.state_dict())
+    state = model.state_dict()
+    metadata = getattr(state, "_metadata", None)
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, SplitNorm):
             continue
@@ -146,7 +196,7 @@ def shared_state_dict(model: nn.Module) -> dict[str, Any]:
         merged = {f"{prefix}{name}": _merged(path, name, sites) for name in sites[0]}
         inside = f"{prefix}sites."
         put = False
-        renewed: dict[str, Any] = {}
+        renewed: OrderedDict[str, Any] = OrderedDict()
         for key, value in state.items():  # in the order that the keys had
             if not key.startswith(inside):
                 renewed[key] = value
@@ -154,6 +204,8 @@ def shared_state_dict(model: nn.Module) -> dict[str, Any]:
                 renewed.update(merged)
                 put = True
         state = renewed
+    if metadata is not None:
+        state._metadata = metadata  # type: ignore[attr-defined]
     return state
 
 

@@ -165,10 +165,12 @@ class _Edit:
         for place, module in zip(self.plan.places, self.twins, strict=True):
             calls = counted.get(module)
             if calls is None or calls.count == 1:
-                self.norms += [] if calls is None else [module]
+                self.norms.append(module)
                 continue
             if calls.owner is None:
                 return "is called in several forwards of the model, which nothing encloses"
+            if calls.is_recursive:
+                return "is called by a module that calls itself"
             norm = SplitNorm(module, place.path, calls.count, shared=affine == "shared")
             self.surgery.set_child(place.parent, place.name, norm)
             self.surgery.add_pre_hook(calls.owner, Restart(norm))

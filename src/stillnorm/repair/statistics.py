@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -126,7 +127,7 @@ def convert_variance(model: nn.Module, held: Held | float, layers: Layers = None
         if var is None:
             return None
         new = _variance_of(var.double(), held, layer.eps).to(var.dtype)
-        if not new.isfinite().all() or (new < 0).any():
+        if not new.isfinite().all() or (new < 0).any() or (var < 0).any():
             raise Refusal(
                 "what it holds gives no variance: some channels would not be finite, or negative"
             )
@@ -253,18 +254,33 @@ def to_float32(model: nn.Module, layers: Layers = None) -> RepairReport:
         >>> net.eval()(torch.randn(2, 4).half()).dtype
         torch.float16
     """
+    uses = _uses(model)
 
     def repair(layer: NormLayer, surgery: Surgery) -> str | None:
-        half = [
-            tensor
-            for tensor in layer.tensors().values()
-            if tensor.dtype in (torch.float16, torch.bfloat16)
-        ]
+        half = [t for t in _own(layer.module) if t.dtype in (torch.float16, torch.bfloat16)]
+        own = sum(1 for _ in layer.module.modules())
+        if any(uses[id(t)] > 1 and own == 1 for t in half):
+            raise Refusal("shares a tensor with another layer, which would be cast too")
         for tensor in half:
+            grad = tensor.grad if tensor.is_leaf else None
+            surgery.set_grad(tensor, None)  # it must be of the dtype that the tensor has
             surgery.set_data(tensor, tensor.detach().float())
+            surgery.set_grad(tensor, None if grad is None else grad.float())
         return f"{count(len(half), 'tensor')} to float32" if half else None
 
     return _repaired(model, layers, repair)
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    """Return the parameters and buffers of a layer and of what is in it (parametrizations)."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """Count in how many modules each parameter is registered."""
+    return Counter(
+        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
+    )
 
 
 def clone_inference_tensors(model: nn.Module, layers: Layers = None) -> RepairReport:
@@ -293,25 +309,22 @@ def clone_inference_tensors(model: nn.Module, layers: Layers = None) -> RepairRe
         >>> clone_inference_tensors(net).repaired
         (('', 'running_mean, running_var, num_batches_tracked made ordinary'),)
     """
+    new: dict[int, Tensor] = {}
 
     def repair(layer: NormLayer, surgery: Surgery) -> str | None:
-        names = [name for _, name, _ in _inference_tensors(layer.module)]
-        for registered, name, tensor in list(_inference_tensors(layer.module)):
-            with torch.inference_mode(False):
+        old = {id(t): t for t in _own(layer.module) if t.is_inference() and id(t) not in new}
+        with torch.inference_mode(False):
+            for key, tensor in old.items():
                 made = tensor.clone()
-                new = nn.Parameter(made, tensor.requires_grad) if _is_parameter(tensor) else made
-            surgery.set_item(registered, name, new)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                new[key] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+        names: dict[str, None] = {}
+        for module in model.modules():  # wherever it is registered: ties stay ties
+            for registered in (module._parameters, module._buffers):
+                for name, found in list(registered.items()):
+                    if found is not None and id(found) in old:
+                        surgery.set_item(registered, name, new[id(found)])
+                        names[name] = None
         return f"{', '.join(names)} made ordinary" if names else None
 
     return _repaired(model, layers, repair)
-
-
-def _inference_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
-    for registered in (module._parameters, module._buffers):
-        for name, tensor in registered.items():
-            if tensor is not None and tensor.is_inference():
-                yield registered, name, tensor  # type: ignore[misc]
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)

@@ -54,17 +54,27 @@ class Surgery:
 
     def set_child(self, parent: nn.Module, name: str, child: nn.Module) -> None:
         """Put another module in the place of a child."""
-        self.set_item(parent._modules, name, child)
+        children = parent._modules
+        before = children[name]
+
+        def restore() -> None:
+            # What `train()` and `eval()` have asked of the place since then.
+            now = children[name]
+            if before is not None and now is not None and before.training != now.training:
+                for module in before.modules():
+                    module.training = now.training
+            children[name] = before
+
+        self.note(restore)
+        children[name] = child
 
     def add_pre_hook(self, module: nn.Module, hook: Callable[..., None]) -> None:
         """Call `hook` before every forward of the module, before its other hooks."""
         hooks = module._forward_pre_hooks
-        before = dict(hooks)
 
         def restore() -> None:
-            later = {k: v for k, v in hooks.items() if k not in before and v is not hook}
-            hooks.clear()
-            hooks.update({**before, **later})
+            for key in [key for key, other in hooks.items() if other is hook]:
+                del hooks[key]
 
         self.note(restore)
         module.register_forward_pre_hook(hook, prepend=True)
@@ -102,6 +112,16 @@ class Surgery:
 
         self.note(restore)
         tensor.data = value
+
+    def set_grad(self, parameter: Tensor, grad: Tensor | None) -> None:
+        """Give a parameter another gradient."""
+        before = parameter.grad
+
+        def restore() -> None:
+            parameter.grad = before
+
+        self.note(restore)
+        parameter.grad = grad
 
     def set_item(self, registered: dict[str, Any], name: str, value: Any) -> None:
         """Put another object under a name that there is."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stillnorm.calibration import RecalibrationReport, recalibrate
-from stillnorm.norms import Layers, NormLayer, select
+from stillnorm.norms import Layers, NormLayer, probe_modes, select
 from stillnorm.repair.report import left_alone
 from stillnorm.repair.surgery import Surgery, refuse_wrapped
 from stillnorm.reports import Block, Document, Line, Table, text
@@ -113,7 +113,17 @@ def track_statistics(
         done: RecalibrationReport | None = None
         if edits:
             chosen = [layer.module for layer, _ in edits.values()]
-            done = recalibrate(model, batches, chosen, forward=forward, group="self")
+            modes = probe_modes(model)
+            # What a train() of the model's own holds would pass its input on as it is meanwhile.
+            held = any(modes.held_by(layer) is not None for layer, _ in edits.values())
+            done = recalibrate(
+                model,
+                batches,
+                chosen,
+                forward=forward,
+                method="sequential" if held else "pooled",
+                group="self",
+            )
             reasons = dict(done.refused) | dict.fromkeys(done.unreached, "no batch reached it")
             for path, reason in reasons.items():
                 edits.pop(path)[1].undo()
@@ -144,9 +154,24 @@ def _equip(model: nn.Module, layer: NormLayer, surgery: Surgery) -> None:
             if (tensor := layer.tensors().get(name)) is not None:
                 surgery.keep(tensor)
         return
-    like = layer.weight if layer.weight is not None else next(model.parameters(), None)
+    like = _like(model, layer)
     c = layer.num_features
-    made = torch.zeros(c) if like is None else torch.zeros(c, dtype=like.dtype, device=like.device)
+    with torch.inference_mode(False):
+        made = torch.zeros(c, dtype=like.dtype, device=like.device)
+        _register(surgery, module, made)
+
+
+def _like(model: nn.Module, layer: NormLayer) -> Tensor:
+    """Return a tensor of the dtype and on the device that the statistics should have."""
+    if layer.weight is not None:
+        return layer.weight
+    found = [p for p in model.parameters() if p.is_floating_point()]
+    device = found[0].device if found else None
+    one = len({p.dtype for p in found}) == 1
+    return found[0] if one else torch.zeros((), device=device)
+
+
+def _register(surgery: Surgery, module: nn.Module, made: Tensor) -> None:
     surgery.set_buffer(module, "running_mean", made)
     surgery.set_buffer(module, "running_var", torch.ones_like(made))
     tracked = torch.zeros((), dtype=torch.long, device=made.device)

@@ -11,6 +11,7 @@ from stillnorm.tracing.calling import call as call
 from stillnorm.tracing.calling import call_example as call_example
 from stillnorm.tracing.flow import Flow as Flow
 from stillnorm.tracing.flow import Run as Run
+from stillnorm.tracing.flow import eager as eager
 from stillnorm.tracing.flow import is_sharded as is_sharded
 from stillnorm.tracing.flow import looking as looking
 from stillnorm.tracing.flow import running as running

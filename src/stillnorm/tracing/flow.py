@@ -148,7 +148,7 @@ def looking(model: nn.Module) -> Iterator[None]:
         StateError: The model has lazy modules, which a first forward would change.
     """
     _refuse_lazy(model)
-    with preserved(model), no_updates(model), torch.no_grad(), _eager(), _alone(model):
+    with preserved(model), no_updates(model), torch.no_grad(), eager(), _alone(model):
         try:
             yield
         finally:
@@ -196,7 +196,7 @@ def train_by_input(model: nn.Module, norms: Collection[NormLayer]) -> tuple[Norm
 
 
 @contextlib.contextmanager
-def _eager() -> Iterator[None]:
+def eager() -> Iterator[None]:
     """Run compiled code as written, where the hooks fire, and without its warning about them."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
         yield
