@@ -55,14 +55,12 @@ class Surgery:
     def set_child(self, parent: nn.Module, name: str, child: nn.Module) -> None:
         """Put another module in the place of a child."""
         children = parent._modules
-        before = children[name]
+        before, mode = children[name], child.training
 
         def restore() -> None:
-            # What `train()` and `eval()` have asked of the place since then.
             now = children[name]
-            if before is not None and now is not None and before.training != now.training:
-                for module in before.modules():
-                    module.training = now.training
+            if before is not None and now is child and now.training != mode:
+                before.train(now.training)  # what has been asked of the place since then
             children[name] = before
 
         self.note(restore)
