@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from stillnorm.tracing import read
 from stillnorm.tracing.kernels import Kernel, kernel_of
-from stillnorm.tracing.measures import by_kernel
+from stillnorm.tracing.measures import by_whole_batch
 from support.oracles import pooled_moments
 from support.tolerances import STATISTICS_RTOL
 
@@ -27,10 +27,10 @@ def assert_same_output(output: Tensor, x: Tensor, *affine: Tensor) -> None:
 
 
 def measured(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Return what `by_kernel` says of x: the moments of groups, and how many groups."""
+    """Return what `by_whole_batch` says of x: the moments of groups, and how many groups."""
     kernel = kernel_of(F.batch_norm, (x, None, None), {"training": True})
     assert isinstance(kernel, Kernel)
-    output, moments = by_kernel(kernel)
+    output, moments = by_whole_batch(kernel)
     mean, var = read(moments)
     assert_same_output(output, x)
     groups = len(mean)
@@ -76,7 +76,7 @@ def test_rows_of_instance_norm_stay_samples() -> None:
     arguments = (torch.randn(5, 3, 1), torch.zeros(3), torch.ones(3))
     kernel = kernel_of(F.instance_norm, arguments, {"use_input_stats": False})
     assert kernel is not None
-    assert by_kernel(kernel)[1].shape == (3, 5, 3)
+    assert by_whole_batch(kernel)[1].shape == (3, 5, 3)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_the_output_has_the_dtype_and_the_values_of_train_mode(
     affine = torch.rand(2, 5).to(affine_dtype)
     kernel = kernel_of(F.batch_norm, (x, None, None, *affine), {"training": True})
     assert kernel is not None
-    output, _ = by_kernel(kernel)
+    output, _ = by_whole_batch(kernel)
     assert_same_output(output, x, *affine)
 
 
@@ -105,7 +105,7 @@ def test_statistics_returned_beside_the_output_are_those_of_the_call() -> None:
     arguments = (x, None, None, None, None, True, 0.1, 1e-5)
     kernel = kernel_of(torch.native_batch_norm, arguments, {})
     assert kernel is not None
-    output, moments = by_kernel(kernel)
+    output, moments = by_whole_batch(kernel)
     for got, want in zip(output, torch.native_batch_norm(*arguments), strict=True):
         assert torch.equal(got, want)
     assert moments.shape == (3, 1, 3)
@@ -115,7 +115,7 @@ def test_a_call_by_running_statistics_is_made_as_it_is() -> None:
     x, mean, var = torch.randn(4, 3, 5), torch.randn(3), torch.rand(3) + 1
     kernel = kernel_of(F.batch_norm, (x, mean, var), {})
     assert kernel is not None
-    output, moments = by_kernel(kernel)
+    output, moments = by_whole_batch(kernel)
     assert torch.equal(output, F.batch_norm(x, mean, var))
     assert moments.shape == (3, 1, 3)
 
@@ -123,7 +123,7 @@ def test_a_call_by_running_statistics_is_made_as_it_is() -> None:
 def test_an_empty_batch_is_passed_on() -> None:
     kernel = kernel_of(F.batch_norm, (torch.zeros(0, 3, 4, 4), None, None), {"training": True})
     assert kernel is not None
-    output, moments = by_kernel(kernel)
+    output, moments = by_whole_batch(kernel)
     assert output.shape == (0, 3, 4, 4)
     assert moments.shape == (3, 0, 3)
 
@@ -154,6 +154,6 @@ def test_no_buffer_is_written() -> None:
     mean, var = torch.zeros(3), torch.ones(3)
     kernel = kernel_of(F.batch_norm, (torch.randn(4, 3, 5), mean, var), {"training": True})
     assert kernel is not None
-    by_kernel(kernel)
+    by_whole_batch(kernel)
     assert mean.tolist() == [0, 0, 0]
     assert var.tolist() == [1, 1, 1]

@@ -18,7 +18,7 @@ from stillnorm.calibration.progress import Progress
 from stillnorm.calibration.ranks import Ranks
 from stillnorm.errors import CalibrationError
 from stillnorm.norms import NormLayer
-from stillnorm.tracing import by_kernel, running, train_by_input
+from stillnorm.tracing import by_whole_batch, running, train_by_input
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def pooled_pass(model: nn.Module, layers: Sequence[NormLayer], data: Data, ranks
         batches, samples = 0, 0
         by_batch = train_by_input(model, layers)
         with running(
-            model, forward=data.forward, flow="batch", by_batch=by_batch, measure=by_kernel
+            model, forward=data.forward, flow="batch", by_batch=by_batch, measure=by_whole_batch
         ) as run:
             for batch in data.each():
                 _, seen = run(batch)

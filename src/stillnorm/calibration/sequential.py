@@ -39,7 +39,7 @@ from stillnorm.tracing import (
     Replay,
     Run,
     Tape,
-    by_kernel,
+    by_whole_batch,
     call,
     copied,
     device_of,
@@ -332,7 +332,7 @@ class _Stages:
             with replay.running():
                 call(model, value, self.data.forward)
 
-        run = Run(self.model, layers, by_batch, forward, by_kernel)
+        run = Run(self.model, layers, by_batch, forward, by_whole_batch)
         run.batches = batch.index
         with contextlib.nullcontext() if whole else attributes_kept(self.model):
             # Other containers, the same tensors: models take things out of what they are given.

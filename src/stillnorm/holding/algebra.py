@@ -119,8 +119,8 @@ def input_gradient(dy: Tensor, var: Tensor, weight: Tensor | None, eps: float) -
         - dy, dx: ``(N, C, *)``; var, weight: ``(C,)``.
     """
     half = dy.dtype in (torch.float16, torch.bfloat16)
-    by_kernel = half or dy.numel() <= _SMALL
-    if by_kernel and dy.numel() and not torch.is_grad_enabled():
+    by_whole_batch = half or dy.numel() <= _SMALL
+    if by_whole_batch and dy.numel() and not torch.is_grad_enabled():
         dx: Tensor = _kernel(
             dy, dy, weight, var, var, None, None, False, eps, [True, False, False]
         )[0]

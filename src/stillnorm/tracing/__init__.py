@@ -18,7 +18,7 @@ from stillnorm.tracing.flow import running as running
 from stillnorm.tracing.flow import train_by_input as train_by_input
 from stillnorm.tracing.flow import training_by_input as training_by_input
 from stillnorm.tracing.instrument import Normalization as Normalization
-from stillnorm.tracing.measures import by_kernel as by_kernel
+from stillnorm.tracing.measures import by_whole_batch as by_whole_batch
 from stillnorm.tracing.memory import device_of as device_of
 from stillnorm.tracing.memory import free_bytes as free_bytes
 from stillnorm.tracing.replay import Diverged as Diverged

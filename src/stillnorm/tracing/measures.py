@@ -28,7 +28,7 @@ def by_samples(kernel: Kernel) -> tuple[Any, Tensor]:
     return kernel(), moments
 
 
-def by_kernel(kernel: Kernel) -> tuple[Any, Tensor]:
+def by_whole_batch(kernel: Kernel) -> tuple[Any, Tensor]:
     """Make the call and return its output and the moments of the batch, (3, 1, C).
 
     Instance norm is measured by samples. The output is that of the call itself up to rounding.
