@@ -123,6 +123,17 @@ def test_more_calls_raise_and_fewer_do_not() -> None:
     net(data()[0])
 
 
+def test_calls_from_elsewhere_raise() -> None:
+    net = nn.Sequential(Twice(), nn.ReLU())
+    split_shared(net, data())
+    x = data()[0]
+    for _ in range(2):
+        with pytest.raises(StateError, match="called from outside the module whose forward"):
+            net[0].norm(x)
+        net(x)
+    net[0](x)
+
+
 def test_half_and_device_casts_keep_the_sharing() -> None:
     net = Loop()
     split_shared(net, data())

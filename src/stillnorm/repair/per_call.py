@@ -17,7 +17,7 @@ class SplitNorm(nn.Module):
     """One norm per call of a layer, told apart by their order in the owner's forward.
 
     The owner is the smallest module whose forward encloses all calls; when its forward begins, the
-    count begins anew. Fewer calls are fine; one too many raises.
+    count begins anew. Fewer calls are fine; one too many raises, and so does one from elsewhere.
 
     Args:
         norm: The layer that is called several times.
@@ -36,7 +36,7 @@ class SplitNorm(nn.Module):
         self.path = path
         self.shared = shared
         self.register_load_state_dict_post_hook(_tie)  # type: ignore[no-untyped-call]
-        self._next = 0
+        self._next = _OVER
         self._thread = 0
         self._within = -1  # the backward that the owner's forward belongs to; -1: to none
 
@@ -46,21 +46,31 @@ class SplitNorm(nn.Module):
         if not torch.compiler.is_compiling():
             self._within, self._thread = torch._C._current_graph_task_id(), threading.get_ident()
 
+    def finish(self) -> None:
+        """End the count: the owner's forward has ended."""
+        self._next = _OVER
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call the norm whose turn it is."""
         turn, calls = self._next, len(self.sites)
         watched = not torch.compiler.is_compiling()
-        if watched and turn and threading.get_ident() != self._thread:
-            raise StateError(
-                f"{self.path}: two threads run the module that calls it, and their calls cannot be "
-                "told apart",
-                help="give each thread a copy of the model",
-            )
         if watched and torch._C._current_graph_task_id() != self._within:
             raise StateError(
                 f"{self.path}: a part of the forward that calls it {calls} times is computed again "
                 "in backward (activation checkpointing), where the calls cannot be told apart",
                 help="checkpoint the whole module that makes these calls, or none of it",
+            )
+        if watched and self._thread and threading.get_ident() != self._thread:
+            raise StateError(
+                f"{self.path}: two threads run the module that calls it, and their calls cannot be "
+                "told apart",
+                help="give each thread a copy of the model",
+            )
+        if turn == _OVER:
+            raise StateError(
+                f"{self.path}: called from outside the module whose forward makes its {calls} "
+                "calls",
+                help="which of them this is cannot be told: call that module, or undo the split",
             )
         if turn == calls:
             raise StateError(
@@ -113,6 +123,21 @@ class SplitNorm(nn.Module):
         return f"{len(self.sites)} calls"
 
 
+class Finish:
+    """A hook on the owner, to be called after its forward.
+
+    Args:
+        norm: The norm whose calls are over.
+    """
+
+    def __init__(self, norm: SplitNorm) -> None:
+        self.norm = norm
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """End the count: a call from elsewhere is none of these."""
+        self.norm.finish()
+
+
 class Restart:
     """A hook on the owner, to be called before its forward.
 
@@ -144,6 +169,9 @@ def twin(norm: nn.Module, *, shared: bool) -> nn.Module:
         )
     return made
 
+
+# In place of the number of the next call: the owner's forward is not running.
+_OVER = -1
 
 # Attributes that users set on a layer.
 _OF_THE_LAYER = frozenset({"training", "momentum", "eps", "track_running_stats"})

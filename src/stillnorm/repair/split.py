@@ -15,7 +15,7 @@ from stillnorm.calibration import recalibrate
 from stillnorm.errors import CalibrationError, StateError
 from stillnorm.norms import Layers, NormLayer, probe_modes, select
 from stillnorm.repair.calls import CallCounter, Calls, Place, places_of
-from stillnorm.repair.per_call import Restart, SplitNorm, twin
+from stillnorm.repair.per_call import Finish, Restart, SplitNorm, twin
 from stillnorm.repair.report import Split, SplitReport
 from stillnorm.repair.surgery import Surgery, refuse_wrapped
 from stillnorm.state import preserved
@@ -43,7 +43,8 @@ def split_shared(
     registration are told apart by their order, counted from where the forward of the smallest
     module begins that encloses all of them: `SplitNorm`. That survives forwards that are aborted,
     deepcopy, pickle, compilation, DistributedDataParallel and checkpointing of that whole module;
-    more calls than there were, and computing a part of that forward again, raise. A checkpoint from
+    more calls than there were, calls from elsewhere, and computing a part of that forward again,
+    raise. A checkpoint from
     before loads as it is: each call starts with the statistics of the shared layer; the way back is
     `sn.repair.shared_state_dict`.
 
@@ -174,6 +175,7 @@ class _Edit:
             norm = SplitNorm(module, place.path, calls.count, shared=affine == "shared")
             self.surgery.set_child(place.parent, place.name, norm)
             self.surgery.add_pre_hook(calls.owner, Restart(norm))
+            self.surgery.add_hook(calls.owner, Finish(norm))
             self.norms += norm.sites
         return ""
 

@@ -66,15 +66,21 @@ class Surgery:
         self.note(restore)
         children[name] = child
 
-    def add_pre_hook(self, module: nn.Module, hook: Callable[..., None]) -> None:
-        """Call `hook` before every forward of the module, before its other hooks."""
-        hooks = module._forward_pre_hooks
+    def add_hook(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        """Call `hook` after every forward of the module."""
+        self._take_away(module._forward_hooks, hook)
+        module.register_forward_hook(hook)
 
+    def _take_away(self, hooks: dict[int, Any], hook: Any) -> None:
         def restore() -> None:
             for key in [key for key, other in hooks.items() if other is hook]:
                 del hooks[key]
 
         self.note(restore)
+
+    def add_pre_hook(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        """Call `hook` before every forward of the module, before its other hooks."""
+        self._take_away(module._forward_pre_hooks, hook)
         module.register_forward_pre_hook(hook, prepend=True)
 
     def set_buffer(self, module: nn.Module, name: str, value: Tensor | None) -> None:
