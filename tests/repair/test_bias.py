@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -158,6 +159,15 @@ def test_a_bias_that_rounding_would_lose_is_an_error() -> None:
     with pytest.raises(StateError, match="moves by"):
         absorb_bias(model, x)
     assert not Fingerprint(model, versions=False).differences(before)
+
+
+@pytest.mark.parametrize("before", [float("inf"), float("nan"), 1.0])
+def test_values_that_are_not_finite_must_be_so_on_both_sides(before: float) -> None:
+    a, b = torch.tensor([before, 2.0]), torch.tensor([before, 2.0])
+    bias._must_agree([a], [b])
+    b[0] = 1.0 if not math.isfinite(before) else float("inf")
+    with pytest.raises(StateError, match="moves by inf"):
+        bias._must_agree([a], [b])
 
 
 def test_undo() -> None:

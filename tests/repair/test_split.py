@@ -248,6 +248,23 @@ def test_a_model_that_tells_its_norms_apart() -> None:
     assert net.a is net.b
 
 
+def test_outputs_of_integers_are_compared_too() -> None:
+    class Classes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = self.b = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(5 * self.a(x)).argmax(1) + (self.a is self.b)
+
+    net = Classes()
+    x = data()
+    before = Fingerprint(net)
+    with pytest.raises(StateError, match="computes something else in train mode"):
+        split_shared(net, x)
+    assert not Fingerprint(net).differences(before)
+
+
 # ------------------------------------------------------------------ all or nothing
 
 

@@ -43,10 +43,9 @@ def split_shared(
     registration are told apart by their order, counted from where the forward of the smallest
     module begins that encloses all of them: `SplitNorm`. That survives forwards that are aborted,
     deepcopy, pickle, compilation, DistributedDataParallel and checkpointing of that whole module;
-    more calls than there were, calls from elsewhere, and computing a part of that forward again,
-    raise. A checkpoint from
-    before loads as it is: each call starts with the statistics of the shared layer; the way back is
-    `sn.repair.shared_state_dict`.
+    more calls than there were, calls from elsewhere, two threads at once, and computing a part of
+    that forward again raise. A checkpoint from before loads as it is: each call starts with the
+    statistics of the shared layer; the way back is `sn.repair.shared_state_dict`.
 
     Args:
         model: The model, in whatever mode.
@@ -67,8 +66,8 @@ def split_shared(
         SelectorError: `layers` matches nothing.
 
     Mutates:
-        The modules in the place of the layers, and a hook on the modules that enclose their calls:
-        all of them or, if anything is raised, none.
+        The modules in the place of the layers, and two hooks on the modules that enclose their
+        calls: all of them or, if anything is raised, none.
 
     Cost:
         Three forwards of the first batch, and `recalibrate` of the new norms.
@@ -238,7 +237,6 @@ def _must_agree(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
     same = len(before) == len(after) and all(
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
         for a, b in zip(before, after, strict=True)
-        if a.is_floating_point()
     )
     if not same:
         raise StateError(

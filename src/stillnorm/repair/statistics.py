@@ -59,7 +59,7 @@ class RepairReport:
 _Repair = Callable[[NormLayer, Surgery], str | None]
 
 
-class Refusal(Exception):
+class _Refusal(Exception):
     """Raised by the repair of one layer that cannot be done."""
 
 
@@ -72,7 +72,7 @@ def _repaired(model: nn.Module, layers: Layers, repair: _Repair) -> RepairReport
             part = surgery.part()
             try:
                 what = repair(layer, part)
-            except Refusal as reason:
+            except _Refusal as reason:
                 part.undo()
                 refused.append((layer.path, str(reason)))
             else:
@@ -128,7 +128,7 @@ def convert_variance(model: nn.Module, held: Held | float, layers: Layers = None
             return None
         new = _variance_of(var.double(), held, layer.eps).to(var.dtype)
         if not new.isfinite().all() or (new < 0).any() or (var < 0).any():
-            raise Refusal(
+            raise _Refusal(
                 "what it holds gives no variance: some channels would not be finite, or negative"
             )
         surgery.write(var, new)
@@ -182,7 +182,7 @@ def clamp_variance(
         if mean is None or var is None:
             return None
         if not (mean.isfinite() & var.isfinite()).all():
-            raise Refusal("has NaN or infinity in its statistics: recalibrate it, or reset it")
+            raise _Refusal("has NaN or infinity in its statistics: recalibrate it, or reset it")
         low = int((var < minimum).sum())
         if not low:
             return None
@@ -260,7 +260,7 @@ def to_float32(model: nn.Module, layers: Layers = None) -> RepairReport:
         half = [t for t in _own(layer.module) if t.dtype in (torch.float16, torch.bfloat16)]
         own = sum(1 for _ in layer.module.modules())
         if any(uses[id(t)] > 1 and own == 1 for t in half):
-            raise Refusal("shares a tensor with another layer, which would be cast too")
+            raise _Refusal("shares a tensor with another layer, which would be cast too")
         for tensor in half:
             grad = tensor.grad if tensor.is_leaf else None
             surgery.set_grad(tensor, None)  # it must be of the dtype that the tensor has
