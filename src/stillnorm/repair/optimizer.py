@@ -12,9 +12,9 @@ from torch.optim import LBFGS, Optimizer
 
 from stillnorm.errors import StateError
 from stillnorm.norms import Layers, select
+from stillnorm.repair.report import Written
 from stillnorm.repair.surgery import Surgery
-from stillnorm.reports import Block, Document, Line, Table, text
-from stillnorm.reports.json import dumps
+from stillnorm.reports import Block, Document, Line, Table
 from stillnorm.reports.numbers import count
 from stillnorm.state.record import AFFINE, dotted
 
@@ -35,7 +35,7 @@ class RepairedGroup:
 
 
 @dataclass(frozen=True, eq=False)
-class OptimizerReport:
+class OptimizerReport(Written):
     """What `repair_optimizer` did.
 
     Args:
@@ -72,16 +72,9 @@ class OptimizerReport:
         head = f"{count(self.removed, 'parameter')} removed from the optimizer"
         return Document(head, tuple(blocks))
 
-    def to_json(self) -> str:
-        """Return the report as JSON."""
-        return dumps(self)
-
-    def __str__(self) -> str:
-        return text.write(self.document())
-
 
 @dataclass(frozen=True, eq=False)
-class GradientReport:
+class GradientReport(Written):
     """What `drop_stale_gradients` did.
 
     Args:
@@ -99,13 +92,6 @@ class GradientReport:
         """Return the report as a document."""
         blocks = (Line(", ".join(self.dropped)),) if self.dropped else ()
         return Document(f"{count(len(self.dropped), 'stale gradient')} dropped", blocks)
-
-    def to_json(self) -> str:
-        """Return the report as JSON."""
-        return dumps(self)
-
-    def __str__(self) -> str:
-        return text.write(self.document())
 
 
 def repair_optimizer(model: nn.Module, optimizer: Optimizer) -> OptimizerReport:

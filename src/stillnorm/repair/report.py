@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -11,6 +12,21 @@ from stillnorm.reports import Block, Document, Line, Table, text
 from stillnorm.reports.json import dumps
 from stillnorm.reports.numbers import count
 from stillnorm.reports.refusals import refusal_rows
+
+
+class Written(ABC):
+    """A report: what it says as a document, written as text or with its data as JSON."""
+
+    @abstractmethod
+    def document(self) -> Document:
+        """Return the report as a document."""
+
+    def to_json(self) -> str:
+        """Return the report as JSON."""
+        return dumps(self)
+
+    def __str__(self) -> str:
+        return text.write(self.document())
 
 
 @dataclass(frozen=True)
@@ -31,7 +47,7 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
-class SplitReport:
+class SplitReport(Written):
     """What `split_shared` did.
 
     Args:
@@ -60,13 +76,6 @@ class SplitReport:
         blocks += left_alone(self.refused)
         return Document(f"{count(len(self.split), 'shared layer')} split", tuple(blocks))
 
-    def to_json(self) -> str:
-        """Return the report as JSON."""
-        return dumps(self)
-
-    def __str__(self) -> str:
-        return text.write(self.document())
-
 
 @dataclass(frozen=True)
 class Replaced:
@@ -88,7 +97,7 @@ class Replaced:
 
 
 @dataclass(frozen=True, eq=False)
-class ReplaceReport:
+class ReplaceReport(Written):
     """What `replace` did.
 
     Args:
@@ -124,13 +133,6 @@ class ReplaceReport:
         table = Table(("replaced", "was", "is", "lost"), rows, "llll")
         blocks = (Line(""), table) if rows else ()
         return Document(head, (*blocks, *left_alone(self.refused)))
-
-    def to_json(self) -> str:
-        """Return the report as JSON."""
-        return dumps(self)
-
-    def __str__(self) -> str:
-        return text.write(self.document())
 
 
 def left_alone(refused: Iterable[tuple[str, str]]) -> tuple[Block, ...]:

@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from stillnorm.errors import RepairError
 from stillnorm.norms import Layers, NormLayer, select
-from stillnorm.repair.report import left_alone
+from stillnorm.repair.report import Written, left_alone
 from stillnorm.repair.surgery import Surgery
-from stillnorm.reports import Block, Document, Line, Table, text
-from stillnorm.reports.json import dumps
+from stillnorm.reports import Block, Document, Line, Table
 from stillnorm.reports.numbers import count
 
 Held = Literal["deviation", "inverse", "inverse deviation"]
 
 
 @dataclass(frozen=True, eq=False)
-class RepairReport:
+class RepairReport(Written):
     """What a repair of single layers did.
 
     Args:
@@ -46,13 +45,6 @@ class RepairReport:
             blocks += [Line(""), Table(("repaired", "what"), rows, "ll")]
         blocks += left_alone(self.refused)
         return Document(f"{count(len(self.repaired), 'layer')} repaired", tuple(blocks))
-
-    def to_json(self) -> str:
-        """Return the report as JSON."""
-        return dumps(self)
-
-    def __str__(self) -> str:
-        return text.write(self.document())
 
 
 # Does one layer under surgery; returns what it did, or None where there is nothing to do.

@@ -9,16 +9,15 @@ from torch import Tensor, nn
 
 from stillnorm.calibration import RecalibrationReport, recalibrate
 from stillnorm.norms import Layers, NormLayer, probe_modes, select
-from stillnorm.repair.report import left_alone
+from stillnorm.repair.report import Written, left_alone
 from stillnorm.repair.surgery import Surgery, refuse_wrapped
-from stillnorm.reports import Block, Document, Line, Table, text
-from stillnorm.reports.json import dumps
+from stillnorm.reports import Block, Document, Line, Table
 from stillnorm.reports.numbers import count
 from stillnorm.tracing import Forward
 
 
 @dataclass(frozen=True, eq=False)
-class TrackReport:
+class TrackReport(Written):
     """What `track_statistics` did.
 
     Args:
@@ -44,13 +43,6 @@ class TrackReport:
             blocks += [Line(""), Table(("has running statistics now",), rows, "l")]
         blocks += left_alone(self.refused)
         return Document(f"{count(len(self.tracked), 'layer')} given statistics", tuple(blocks))
-
-    def to_json(self) -> str:
-        """Return the report as JSON."""
-        return dumps(self)
-
-    def __str__(self) -> str:
-        return text.write(self.document())
 
 
 def track_statistics(
