@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from diagnosis.nets import batches, conv_net, data, estimated
 from stillnorm import check, freeze
 from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.request import Request
 from stillnorm.diagnosis.runs import run_flows
 from stillnorm.errors import BatchError
 
@@ -120,9 +121,9 @@ def raise_(error: Exception) -> float:
     raise error
 
 
-def gathered(net: nn.Module, batches: object, **how: object) -> Evidence:
-    defaults = {"forward": None, "score": None, "max_batches": 8}
-    return Evidence(net, run_flows(net, batches, **(defaults | how)))
+def gathered(net: nn.Module, batches: object, max_batches: int = 8, **how: object) -> Evidence:
+    request = Request(net, batches, **how)
+    return Evidence(request, run_flows(request, max_batches))
 
 
 class TestWhatIsRun:

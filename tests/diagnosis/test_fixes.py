@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from diagnosis.nets import batches, conv_net, data, estimated, found
 from stillnorm import check, freeze, is_frozen, snapshot
 from stillnorm.diagnosis import fixes
+from stillnorm.diagnosis.finding import Action
 from stillnorm.errors import StateError
 
 
@@ -55,6 +57,10 @@ class State:
         return all(p.grad is grad for p, grad in self.gradients)
 
 
+def test_every_action_can_be_done() -> None:
+    assert set(get_args(Action)) == set(fixes._ACTIONS)
+
+
 def test_safe_ones_alone_by_default() -> None:
     net = ill()
     applied = check(net, batches()).fix()
@@ -78,7 +84,7 @@ def test_undo_takes_everything_back() -> None:
     assert not shot.diff(net).changes
 
 
-@pytest.mark.parametrize("step", ["_recalibrate", "_turn_momentum", "_hold"])
+@pytest.mark.parametrize("step", ["recalibrate", "momentum", "freeze"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("after", [False, True])
 def test_an_exception_at_any_step_leaves_the_model_as_it_was(
@@ -86,7 +92,7 @@ def test_an_exception_at_any_step_leaves_the_model_as_it_was(
 ) -> None:
     net = ill()
     report = check(net, batches())
-    real = getattr(fixes, step)
+    real = fixes._ACTIONS[step]
 
     def interrupted(*args: object) -> None:
         if after:
@@ -94,7 +100,7 @@ def test_an_exception_at_any_step_leaves_the_model_as_it_was(
         raise error
 
     before = State(net)
-    monkeypatch.setattr(fixes, step, interrupted)
+    monkeypatch.setitem(fixes._ACTIONS, step, interrupted)
     with pytest.raises(error):
         report.fix(unsafe=True)
     assert before.same()

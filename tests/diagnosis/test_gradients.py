@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from diagnosis.nets import batches, conv_net
 from stillnorm.diagnosis.gradients import fed_by
+from stillnorm.diagnosis.request import Request
 from stillnorm.diagnosis.runs import run_flows
 
 
@@ -25,7 +26,7 @@ class Branches(nn.Module):
 
 
 def run(net: nn.Module, parameters: list[nn.Parameter], **how: object) -> set[nn.Module] | None:
-    runs = run_flows(net, batches(), **({"forward": None, "score": None, "max_batches": 1} | how))
+    runs = run_flows(Request(net, batches(), **how), 1)
     got = fed_by(net, runs, parameters)
     return None if got is None else set(got)
 

@@ -11,7 +11,9 @@ from torch import nn
 from diagnosis.nets import batches, conv_net, estimated
 from stillnorm import check
 from stillnorm.diagnosis import Finding, Fix, Report, Verdict
+from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.report import Crash, Data, Layer, NotRun
+from stillnorm.diagnosis.request import Request
 from stillnorm.diagnosis.runs import Head
 from stillnorm.reports import Table, text
 
@@ -58,7 +60,7 @@ def report(*findings: Finding, **more: object) -> Report:
         "data": Data(8, 24, 64, 512, "cpu"),
         "seconds": 1.94,
     }
-    return Report(**(fields | more), _model=nn.Identity(), _runs=None)
+    return Report(**(fields | more), _evidence=Evidence(Request(nn.Identity()), None))
 
 
 def test_the_screen() -> None:

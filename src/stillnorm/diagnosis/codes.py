@@ -40,6 +40,7 @@ CODES: dict[str, type[Rule]] = {
 }
 
 Names = str | Iterable[str]
+ALL, DEFAULT = "ALL", "DEFAULT"
 
 
 def lookup(name: str) -> tuple[type[Rule], ...]:
@@ -70,12 +71,32 @@ def lookup(name: str) -> tuple[type[Rule], ...]:
 
 
 def choose(select: Names | None = None, ignore: Names | None = None) -> tuple[type[Rule], ...]:
-    """Return the rules that `select` names (all for None) without those that `ignore` names."""
-    chosen = set(CODES.values()) if select is None else _named(select)
-    dropped = set() if ignore is None else _named(ignore)
+    """Return the rules that `select` names without those that `ignore` names.
+
+    None, like ``"DEFAULT"``, selects every rule that is not in preview; ``"ALL"`` every rule. The
+    beginning of a code leaves out previews; their own code or slug selects them.
+    """
+    chosen = _named(DEFAULT if select is None else select)
+    dropped = (
+        set() if ignore is None else {rule for name in _split(ignore) for rule in lookup(name)}
+    )
     return tuple(rule for rule in CODES.values() if rule in chosen - dropped)
 
 
 def _named(names: Names) -> set[type[Rule]]:
-    listed = names.split(",") if isinstance(names, str) else names
-    return {rule for name in listed for rule in lookup(name)}
+    """Return the rules that names select: a preview rule by its own name, or by ALL."""
+    chosen: set[type[Rule]] = set()
+    for name in map(str.strip, _split(names)):
+        if name.upper() in (ALL, DEFAULT):
+            chosen |= {r for r in CODES.values() if name.upper() == ALL or not r.preview}
+        else:
+            chosen |= {r for r in lookup(name) if not r.preview or _is_own_name(name, r)}
+    return chosen
+
+
+def _is_own_name(name: str, rule: type[Rule]) -> bool:
+    return name.lower() in (rule.slug, rule.code.lower())
+
+
+def _split(names: Names) -> Iterable[str]:
+    return names.split(",") if isinstance(names, str) else names

@@ -10,6 +10,7 @@ from torch import nn
 
 from stillnorm.diagnosis.causes import Causes
 from stillnorm.diagnosis.measure import Distance, Samples, batch_noise, distance, samples_of
+from stillnorm.diagnosis.request import Request
 from stillnorm.diagnosis.runs import Flow, Runs
 from stillnorm.norms import Modes, NormLayer, find_norms, probe_modes
 from stillnorm.tracing import Call
@@ -25,12 +26,13 @@ class Evidence:
     """Everything that rules look at. Numbers per layer are computed when first asked for.
 
     Args:
-        model: The model, for rules that call it; they leave it as it was.
-        runs: What its forwards showed; None without batches.
+        request: What `check` was given. Rules that call its functions leave the model as it was.
+        runs: What the model's forwards showed; None without batches.
     """
 
-    def __init__(self, model: nn.Module, runs: Runs | None) -> None:
-        self.model = model
+    def __init__(self, request: Request, runs: Runs | None) -> None:
+        self.request = request
+        self.model = model = request.model
         self.layers: tuple[NormLayer, ...] = find_norms(model)
         self.modes: Modes = probe_modes(model)
         self.runs = runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,7 +10,21 @@ from typing import Literal
 from stillnorm.reports.document import Severity, Table
 
 Applicability = Literal["safe", "unsafe"]
-Action = Literal["freeze", "recalibrate", "recalibrate and freeze", "momentum"]
+Action = Literal[
+    "clone",
+    "drop gradients",
+    "replace",
+    "float32",
+    "convert",
+    "absorb",
+    "track",
+    "split",
+    "momentum",
+    "recalibrate",
+    "recalibrate and freeze",
+    "freeze",
+]
+_FROM_DATA = ("absorb", "track", "split", "recalibrate", "recalibrate and freeze")
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")  # worst first
 
@@ -27,17 +42,19 @@ class Fix:
         applicability: ``"safe"`` or ``"unsafe"``.
         action: Which change; `fixes.py` does it.
         paths: The layers that it changes.
+        option: What else the change has to be told, as `fixes.py` says.
     """
 
     title: str
     applicability: Applicability
     action: Action
     paths: tuple[str, ...]
+    option: str | float | None = None
 
     @property
     def needs_data(self) -> bool:
-        """Whether it estimates statistics from the batches that `check` was given."""
-        return self.action.startswith("recalibrate")
+        """Whether it runs the model on the batches that `check` was given."""
+        return self.action in _FROM_DATA
 
 
 @dataclass(frozen=True)
@@ -75,9 +92,24 @@ class Finding:
     where: tuple[str, ...] = ()
     table: Table | None = None
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What the finding is known by in a baseline, for each path: the same in every run."""
+        return {path: fingerprint(self.code, path) for path in self.paths}
+
     def at_least(self, severity: Severity) -> bool:
         """Tell whether the finding is as severe as `severity`, or worse."""
         return SEVERITIES.index(self.severity) <= SEVERITIES.index(severity)
+
+
+def fingerprint(code: str, path: str) -> str:
+    """Return the fingerprint of one fault at one layer.
+
+    Example:
+        >>> fingerprint("SN201", "bn_6")
+        '6bfa505be9817b1d'
+    """
+    return hashlib.sha256(f"{code}:{path}".encode()).hexdigest()[:16]
 
 
 def source_lines(where: tuple[str, ...]) -> str:

@@ -105,8 +105,9 @@ def _where(report: Report, finding: Finding) -> str:
     """Write "bn_6  BatchNorm2d(32)   net.py:31, net.py:33", or the first paths of several."""
     paths = finding.paths
     if len(paths) == 1 or finding.also:
-        layer = next(layer for layer in report.layers if layer.path == paths[0])
-        names = f"{_name(layer.path)}  {layer.kind}({layer.num_features})"
+        names = _name(paths[0])
+        if (layer := next((x for x in report.layers if x.path == paths[0]), None)) is not None:
+            names += f"  {layer.kind}({layer.num_features})"
     else:
         names = ", ".join(_name(path) for path in paths[:PATHS])
         names += f" and {len(paths) - PATHS} more" if len(paths) > PATHS else ""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from torch import nn
-
+from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding, Fix
 from stillnorm.diagnosis.fixes import apply_all
 from stillnorm.diagnosis.layout import lay_out
@@ -116,8 +115,7 @@ class Report:
     verdict: Verdict | None
     data: Data | None
     seconds: float
-    _model: nn.Module = field(repr=False)
-    _runs: Runs | None = field(repr=False)
+    _evidence: Evidence = field(repr=False)
 
     def fix(self, unsafe: bool = False) -> Applied:
         """Apply the fixes: all of them, or on any exception none.
@@ -137,9 +135,7 @@ class Report:
             for finding in self.findings
             if finding.fix is not None and (unsafe or finding.fix.applicability == "safe")
         )
-        runs = self._runs
-        batches, forward = (runs.batches, runs.forward) if runs else ((), None)
-        undo = apply_all((fix for _, fix in chosen), self._model, batches, forward)
+        undo = apply_all((fix for _, fix in chosen), self._evidence)
         return Applied(chosen, undo)
 
     def raise_for(self, severity: Severity = "error") -> None:

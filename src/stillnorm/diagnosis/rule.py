@@ -12,14 +12,13 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding, Fix
+from stillnorm.diagnosis.request import Need
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Severity, Table
-
-Need = Literal["tree", "forward"]
 
 HEADINGS = (
     "What it finds",
@@ -39,7 +38,11 @@ class Rule(ABC):
         code: Permanent, ``"SN201"``.
         slug: Permanent; reads as "allow ...": ``"shared-layer"``. The file is named after it.
         severity: How bad it usually is; a finding can differ where its evidence says so.
-        needs: ``"tree"``, the modules and their state, or ``"forward"``, batches too.
+        needs: What has to be given for the rule to run, all of it: ``"state"``, the tensors of norm
+            layers, which a checkpoint has too; ``"tree"``, a model; ``"forward"``, batches;
+            ``"score"``, ``"predict"``, ``"step"`` (`train_step`) and ``"optimizer"``, those
+            arguments of `check`; ``"checkpoint"``, a file; ``"group"``, several processes.
+        preview: Whether it runs only when it is selected by its own name.
         explains: Codes of symptoms that this fault causes on the same layers: they are not
             reported again.
         spreads: Whether those symptoms also show on layers that are called after.
@@ -48,7 +51,8 @@ class Rule(ABC):
     code: ClassVar[str]
     slug: ClassVar[str]
     severity: ClassVar[Severity]
-    needs: ClassVar[Need]
+    needs: ClassVar[tuple[Need, ...]]
+    preview: ClassVar[bool] = False
     explains: ClassVar[tuple[str, ...]] = ()
     spreads: ClassVar[bool] = False
 

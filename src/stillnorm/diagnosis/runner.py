@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from stillnorm.diagnosis.causes import causes_first
 from stillnorm.diagnosis.codes import Names, choose
 from stillnorm.diagnosis.evidence import CannotTell, Evidence
 from stillnorm.diagnosis.finding import SEVERITIES, Finding
 from stillnorm.diagnosis.report import Crash, Data, Layer, NotRun, Report
-from stillnorm.diagnosis.runs import Score, run_flows
+from stillnorm.diagnosis.request import Predict, Request, Score, TrainStep
+from stillnorm.diagnosis.runs import run_flows
 from stillnorm.diagnosis.verdict import judge
-from stillnorm.errors import BatchError
 from stillnorm.tracing import Forward
 
 
@@ -24,6 +27,10 @@ def check(
     *,
     forward: Forward | None = None,
     score: Score | None = None,
+    predict: Predict | None = None,
+    train_step: TrainStep | None = None,
+    optimizer: Optimizer | None = None,
+    restore: Iterable[Any] = (),
     max_batches: int | None = 8,
     select: Names | None = None,
     ignore: Names | None = None,
@@ -41,6 +48,14 @@ def check(
             with the first item of a pair, or ``model(**batch)`` with a mapping.
         score: ``score(output, batch)``, higher is better, in your own unit. The report then begins
             with the score in eval mode, with batch statistics, and recalibrated.
+        predict: ``predict(model, batch)``: how you infer, modes and all.
+        train_step: ``train_step(model, batch)``, or ``train_step(model, batch, optimizer)``: one
+            step of your training. It runs, and what it changed is put back: everything that is
+            reachable from the model, the optimizer, `restore` and the global generators. What else
+            the function itself owns is yours to keep.
+        optimizer: What the step steps.
+        restore: Whatever else the step changes and has a `state_dict`: a scheduler, a scaler, an
+            average of the weights.
         max_batches: How many batches are read; None for all.
         select: Only these rules: codes, beginnings of codes, or slugs.
         ignore: Not these rules.
@@ -64,20 +79,19 @@ def check(
         >>> report.findings[0].code, report.findings[0].paths
         ('SN002', ('1',))
     """
-    if score is not None and batches is None:
-        raise BatchError("score= needs batches", help="check(model, batches, score=...)")
     started = time.perf_counter()
     chosen = choose(select, ignore)
-    runs = None
-    if batches is not None:
-        runs = run_flows(model, batches, forward=forward, score=score, max_batches=max_batches)
-    evidence = Evidence(model, runs)
+    request = Request(
+        model, batches, forward, score, predict, train_step, optimizer, tuple(restore)
+    )
+    runs = None if batches is None else run_flows(request, max_batches)
+    evidence = Evidence(request, runs)
     findings: list[Finding] = []
     not_run: list[NotRun] = []
     crashed: list[Crash] = []
     for rule in causes_first(chosen):
-        if rule.needs == "forward" and runs is None:
-            not_run.append(NotRun(rule.code, "needs batches"))
+        if lacking := request.lacks(rule.needs):
+            not_run.append(NotRun(rule.code, lacking))
             continue
         try:
             found = list(rule().find(evidence))
@@ -103,6 +117,5 @@ def check(
         verdict=judge(evidence, findings),
         data=None if runs is None else Data.describe(runs),
         seconds=time.perf_counter() - started,
-        _model=model,
-        _runs=runs,
+        _evidence=evidence,
     )

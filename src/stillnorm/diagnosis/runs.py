@@ -10,23 +10,22 @@ All are in eval mode but for the norms themselves:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader
 
 from stillnorm.calibration import recalibrate
+from stillnorm.diagnosis.request import Request
 from stillnorm.errors import BatchError, CalibrationError
 from stillnorm.norms import find_norms, probe_modes
 from stillnorm.state import preserved
 from stillnorm.tracing import Forward, Trace, batch_size, each_batch, trace
 
-Score = Callable[[Any, Any], float]
 Flow = Literal["eval", "batch", "recalibrated"]
 
 MATTERS = 0.05  # of a score: less is what other samples might have shown
@@ -93,19 +92,14 @@ class Runs:
             return None
 
 
-def run_flows(
-    model: nn.Module,
-    batches: object,
-    *,
-    forward: Forward | None,
-    score: Score | None,
-    max_batches: int | None,
-) -> Runs:
+def run_flows(request: Request, max_batches: int | None) -> Runs:
     """Run the flows one after the other, and leave the model as it was.
 
     Raises:
         BatchError: There is no batch, or the model cannot be called on one.
     """
+    model, batches = request.model, request.batches
+    forward, score = request.forward, request.score
     with preserved(model):  # iterating a DataLoader draws from the global generators
         taken = tuple(islice(each_batch(batches), max_batches))
         if not taken:

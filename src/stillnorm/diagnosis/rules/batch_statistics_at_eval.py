@@ -50,7 +50,7 @@ class BatchStatisticsAtEval(Rule):
     code = "SN107"
     slug = "batch-statistics-at-eval"
     severity = "warning"
-    needs = "tree"
+    needs = ("tree",)
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding that names every such layer."""

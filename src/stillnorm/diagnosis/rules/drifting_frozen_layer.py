@@ -55,7 +55,7 @@ class DriftingFrozenLayer(Rule):
     code = "SN001"
     slug = "drifting-frozen-layer"
     severity = "warning"
-    needs = "tree"
+    needs = ("tree",)
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding that names every such layer."""

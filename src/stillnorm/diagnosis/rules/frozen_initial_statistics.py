@@ -50,7 +50,7 @@ class FrozenInitialStatistics(Rule):
     code = "SN004"
     slug = "frozen-initial-statistics"
     severity = "error"
-    needs = "tree"
+    needs = ("tree",)
     explains = ("SN101", "SN105")
     spreads = True  # what comes after was estimated on the output of a norm, not of an identity
 

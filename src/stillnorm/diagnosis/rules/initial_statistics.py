@@ -52,7 +52,7 @@ class InitialStatistics(Rule):
     code = "SN101"
     slug = "initial-statistics"
     severity = "warning"
-    needs = "tree"
+    needs = ("tree",)
     explains = ("SN105",)
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:

@@ -47,7 +47,7 @@ class KerasMomentum(Rule):
     code = "SN108"
     slug = "keras-momentum"
     severity = "warning"
-    needs = "tree"
+    needs = ("tree",)
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding that names every such layer."""

@@ -77,7 +77,7 @@ class MismatchedStatistics(Rule):
     code = "SN105"
     slug = "mismatched-statistics"
     severity = "error"
-    needs = "forward"
+    needs = ("forward",)
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding for layers that are free, one for layers that are frozen."""

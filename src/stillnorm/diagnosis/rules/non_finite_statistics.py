@@ -47,7 +47,7 @@ class NonFiniteStatistics(Rule):
     code = "SN102"
     slug = "non-finite-statistics"
     severity = "error"
-    needs = "tree"
+    needs = ("state",)
     explains = ("SN105",)
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:

@@ -51,7 +51,7 @@ class NormalizedOutput(Rule):
     code = "SN203"
     slug = "normalized-output"
     severity = "warning"
-    needs = "forward"
+    needs = ("forward",)
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding per output."""

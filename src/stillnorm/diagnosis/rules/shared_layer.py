@@ -61,7 +61,7 @@ class SharedLayer(Rule):
     code = "SN201"
     slug = "shared-layer"
     severity = "error"
-    needs = "forward"
+    needs = ("forward",)
     explains = ("SN105",)
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:

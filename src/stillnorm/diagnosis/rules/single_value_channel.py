@@ -49,7 +49,7 @@ class SingleValueChannel(Rule):
     code = "SN206"
     slug = "single-value-channel"
     severity = "error"
-    needs = "forward"
+    needs = ("forward",)
     explains = ("SN207",)
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:

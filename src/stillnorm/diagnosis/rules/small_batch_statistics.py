@@ -52,7 +52,7 @@ class SmallBatchStatistics(Rule):
     code = "SN207"
     slug = "small-batch-statistics"
     severity = "warning"
-    needs = "forward"
+    needs = ("forward",)
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding; the noisiest layer stands first."""

@@ -48,7 +48,7 @@ class UnheldEval(Rule):
     code = "SN003"
     slug = "unheld-eval"
     severity = "warning"
-    needs = "tree"
+    needs = ("tree",)
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding that names every such layer."""

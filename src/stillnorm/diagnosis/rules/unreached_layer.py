@@ -52,7 +52,7 @@ class UnreachedLayer(Rule):
     code = "SN114"
     slug = "unreached-layer"
     severity = "info"
-    needs = "forward"
+    needs = ("forward",)
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding that names every such layer."""

@@ -48,7 +48,7 @@ class ZeroMomentumFreeze(Rule):
     code = "SN002"
     slug = "zero-momentum-freeze"
     severity = "error"
-    needs = "tree"
+    needs = ("tree",)
     explains = ("SN101", "SN105")
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
