@@ -43,5 +43,6 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 	    --editable '.[demo]' hatchling ruff mypy pytest pytest-timeout pytest-xdist hypothesis \
+	    jsonschema \
 	    torchvision timm transformers onnx onnxscript onnxruntime
 	touch $(READY)

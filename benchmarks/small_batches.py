@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.request import Request
 from stillnorm.diagnosis.runs import run_flows
 
 EPOCHS = 6
@@ -80,8 +81,8 @@ if __name__ == "__main__":
         for seed in range(seeds):
             net = trained(size, seed, x, y)
             batches = iter(x_new[:256].split(size))
-            runs = run_flows(net, batches, forward=None, score=None, max_batches=None)
-            seen = Evidence(net, runs)
+            request = Request(net, batches)
+            seen = Evidence(request, run_flows(request, None))
             noise = [seen.noise(layer) or 0.0 for layer in seen.layers]
             largest += max(noise) / seeds
             rms += math.sqrt(sum(n * n for n in noise) / len(noise)) / seeds

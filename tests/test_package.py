@@ -51,6 +51,7 @@ TOOLS = {
         "shared_state_dict",
         "to_float32",
     ),
+    "testing": ("assert_batch_independent", "assert_frozen_through", "assert_healthy"),
 }
 
 

@@ -25,6 +25,7 @@ ORDER = (
     ("freezing", "calibration"),
     ("repair", "averages"),
     ("diagnosis",),
+    ("testing",),
     ("cli", "demo"),
     ("__main__",),
 )
@@ -40,7 +41,7 @@ CONFINED = {
     "jinja2": ("reports/",),
     "safetensors": ("state/",),
     "sklearn": ("demo/",),
-    "onnx": ("demo/",),
+    "onnx": ("demo/", "diagnosis/onnx_file.py"),
     "torchvision": ("demo/half.py",),
     "timm": (),
     "transformers": (),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stillnorm import averages as averages
     from stillnorm import repair as repair
+    from stillnorm import testing as testing
     from stillnorm.calibration import recalibrate as recalibrate
     from stillnorm.diagnosis import check as check
     from stillnorm.diagnosis import inspect as inspect
@@ -55,7 +56,7 @@ _ROOM_OF = {
 }
 
 # The rarer tools, which are called by their module: `sn.repair.absorb_bias`.
-_MODULES = ("averages", "repair")
+_MODULES = ("averages", "repair", "testing")
 
 __all__ = sorted((*_ROOM_OF, *_MODULES))
 

@@ -5,11 +5,14 @@
         ├── SelectorError              also ValueError: `layers=` matches nothing
         ├── RefusedError               also RuntimeError: strict=True, and a layer was refused
         ├── BatchError                 also TypeError: a batch cannot be passed to the model
+        ├── CallError                  also TypeError: a function given to check cannot be used
         ├── CalibrationError           also ValueError: the data cannot give statistics
         ├── RepairError                also ValueError: a repair that cannot be meant
         ├── VerifyError                also AssertionError: a layer moved or is not frozen
         ├── RuleError                  also ValueError: no rule has that code or slug
         ├── FindingsError              also AssertionError: findings at or above a severity
+        ├── DependenceError            also AssertionError: an answer depends on its batch mates
+        ├── ConfigError                also ValueError: a configuration says what cannot be meant
         ├── FileFormatError            also ValueError: a file cannot be read as what it should be
         ├── TargetError                also ValueError: a command-line target cannot be loaded
         └── StateError                 also RuntimeError: the model is no longer what it was
@@ -58,6 +61,10 @@ class BatchError(StillnormError, TypeError):
     """A batch that cannot be passed to the model as it is."""
 
 
+class CallError(StillnormError, TypeError):
+    """A function of the user's that raised, or is or returns what it must not."""
+
+
 class CalibrationError(StillnormError, ValueError):
     """Data from which no statistics can be estimated."""
 
@@ -76,6 +83,14 @@ class RuleError(StillnormError, ValueError):
 
 class FindingsError(StillnormError, AssertionError):
     """Findings at or above the severity asked for."""
+
+
+class DependenceError(StillnormError, AssertionError):
+    """An answer that depends on what else is in the batch, or on chance."""
+
+
+class ConfigError(StillnormError, ValueError):
+    """A configuration that says something which cannot be meant."""
 
 
 class FileFormatError(StillnormError, ValueError):

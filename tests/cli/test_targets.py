@@ -112,7 +112,7 @@ def test_a_function_is_not_called(project):
         ("net.py:Net(**{})", "has an argument that is not a literal", "function of your own"),
         ("net.py:make +", "'make +' in net.py:make + is not Python", "package.module:factory"),
         ("net.py:[make]", "net.py:[make] is neither a name nor a call of one", "write package"),
-        ("run3.ckpt", "run3.ckpt is a checkpoint", "net.py:make --weights run3.ckpt"),
+        ("run3.ckpt", "run3.ckpt cannot be read: No such file", "check the path"),
         ("resnet18", "'resnet18' is not a target", "write package.module:factory"),
         (":make", "':make' is not a target", "write package.module:factory"),
         ("", "'' is not a target", "write package.module:factory"),

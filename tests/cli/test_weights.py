@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import stillnorm
 from stillnorm.cli.weights import load_weights
 from stillnorm.errors import FileFormatError
 
@@ -84,6 +85,32 @@ def test_another_shape_is_refused(tmp_path):
 def test_the_same_model_under_another_name_is_told(tmp_path):
     saved = {f"encoder.{k}": v for k, v in state().items()}
     assert "it has encoder.0.weight instead" in refused(saved, tmp_path).help
+
+
+def test_the_state_of_a_split_model_says_to_split_first(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.bn(self.conv(self.bn(x)))
+
+    split = Twice()
+    stillnorm.split_shared(split, torch.randn(8, 3, 4, 4), ["bn"])
+    torch.save(split.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(FileFormatError) as caught:
+        load_weights(Twice(), tmp_path / "w.pt")
+    assert "lacks 4 of the model's 7 tensors: bn.weight" in caught.value.fact
+    assert "bn is split" in caught.value.help
+    assert "sn.split_shared(model, batches)" in caught.value.help
+
+
+def test_a_pickled_model_is_called_one(tmp_path):
+    torch.save(net(), tmp_path / "w.pt")
+    with pytest.raises(FileFormatError, match=r"is a pickled model .*, not a state dict") as caught:
+        load_weights(net(), tmp_path / "w.pt")
+    assert caught.value.help.startswith("save model.state_dict() instead")
 
 
 def test_what_has_no_place_is_said(tmp_path, capsys):

@@ -65,7 +65,7 @@ def scored(eval: float, batch: float, recalibrated: float, n: int = 16) -> Verdi
 def test_the_users_score_outweighs_sigmas() -> None:
     assert scored(0.84, 0.95, 0.96).choice == "recalibrate"
     assert scored(0.84, 0.95, 0.96).sentence == (
-        "your running statistics score 84.0 %, recalibrated 96.0 %: recalibrate"
+        "your running statistics score 84.0 %, recalibrated 96.0 %: recalibrate, then train"
     )
     assert scored(0.95, 0.55, 0.95).choice == "freeze"
     assert scored(0.95, 0.55, 0.95).sentence == (
@@ -113,3 +113,24 @@ def test_the_batch_size_is_the_users() -> None:
     noise = [verdict(net, bright(64), size).batch for size in (2, 8, 32)]
     assert noise[0] > noise[1] > noise[2]
     assert noise[0] / noise[2] == pytest.approx(4, rel=0.4)
+
+
+def test_after_recalibrating_small_batches_freeze_and_large_ones_train_on() -> None:
+    net = estimated(conv_net(), bright(256, seed=2))
+    net[1].running_mean += 3
+    assert [verdict(net, bright(64), size).then for size in (2, 32)] == ["freeze", "train"]
+    assert scored(0.84, 0.83, 0.96).then == "freeze"  # the score outweighs sigmas
+    assert scored(0.93, 0.95, 0.96).then is None
+
+
+def test_a_network_that_was_never_trained_is_to_be_trained() -> None:
+    got = verdict(conv_net(), data(64), 16)
+    assert (got.choice, got.sentence) == ("train", "nothing has been trained yet: train")
+
+
+def test_two_values_per_channel_are_no_fault_of_the_layer() -> None:
+    """SN206 is a crash in training; held, the same network is fine."""
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    g = torch.Generator().manual_seed(0)
+    estimated(net, torch.randn(64, 3, generator=g))
+    assert verdict(net, torch.randn(64, 3, generator=g), 2).choice == "freeze"

@@ -94,6 +94,29 @@ def test_a_layer_called_like_a_known_key_is_not_taken_for_one(tmp_path: Path) ->
     assert same(read_state(tmp_path / "a.pt"), own)
 
 
+@pytest.mark.parametrize(
+    ("nest", "key", "others"),
+    [
+        (lambda s: s, "", ()),
+        (lambda s: {"model": s, "ema": s}, "model", ("ema",)),
+        (lambda s: {"ema": {"module": s}, "epoch": torch.tensor(3)}, "ema.module", ()),
+        (lambda s: {"model": {"state_dict": s, "n": torch.ones(1)}}, "model.state_dict", ()),
+        (
+            lambda s: {"state_dict_ema": s, "state_dict": s, "optimizer": {"a": torch.ones(1)}},
+            "state_dict",
+            ("state_dict_ema",),
+        ),
+    ],
+)
+def test_which_of_several_states_was_read_is_known(
+    tmp_path: Path, nest: object, key: str, others: tuple[str, ...]
+) -> None:
+    torch.save(nest(state()), tmp_path / "a.ckpt")
+    read = files.read_checkpoint(tmp_path / "a.ckpt")
+    assert (read.key, read.others) == (key, others)
+    assert same(read.state, state())
+
+
 def test_zip_archives_are_mapped_and_not_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,27 +175,50 @@ def test_a_call_that_no_checkpoint_needs_is_not_advised(tmp_path: Path) -> None:
     assert "weights_only" not in str(error)
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize(
-    "content",
+    ("content", "fact", "before"),
     [
-        {"state_dict": {"w": torch.ones(2)}, "args": argparse.Namespace(lr=1)},
-        nn.Sequential(nn.Linear(2, 1, bias=False)),
+        (
+            {"state_dict": {"w": torch.ones(2)}, "args": argparse.Namespace(lr=1)},
+            "holds more than tensors (argparse.Namespace)",
+            "by the key it has: ",
+        ),
+        (
+            nn.Sequential(nn.Linear(2, 1, bias=False)),
+            "is a pickled model (torch.nn.modules.container.Sequential), not a state dict",
+            "save model.state_dict() instead; if you trust its source, convert it once: ",
+        ),
     ],
     ids=["objects beside tensors", "a whole model"],
 )
 def test_objects_are_refused_with_the_line_that_converts_the_file(
-    tmp_path: Path, content: object
+    tmp_path: Path, content: object, fact: str, before: str, zipped: bool
 ) -> None:
     path = tmp_path / "it's run 3.ckpt"
-    torch.save(content, path)
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
     error = refusal(path)
-    assert "more than tensors" in error.fact
-    line = error.help.partition("by the key it has: ")[2]
+    assert fact in error.fact
+    line = error.help.partition(before)[2]
     command = shlex.split(line)
     assert command[0] == "python"
     subprocess.run([sys.executable, *command[1:]], check=True, timeout=60)
     read = read_state(path.with_suffix(".safetensors"))
     assert [tensor.numel() for tensor in read.values()] == [2]
+
+
+def test_a_model_of_a_class_from_another_program_is_named(tmp_path: Path) -> None:
+    """Its class was in that program's __main__, which this one's has not: that is no damage."""
+    program = (
+        "import sys, torch\n"
+        "class Net(torch.nn.Linear): pass\n"
+        "torch.save(Net(2, 1), sys.argv[1])\n"
+        "torch.save({'model': Net(2, 1)}, sys.argv[2])\n"
+    )
+    whole, inside = tmp_path / "whole.pt", tmp_path / "inside.pt"
+    subprocess.run([sys.executable, "-c", program, whole, inside], check=True, timeout=60)
+    assert "is a pickled model (__main__.Net), not a state dict" in refusal(whole).fact
+    assert "holds more than tensors (__main__.Net)" in refusal(inside).fact
 
 
 def test_torchscript_archives_are_refused_with_their_own_line(tmp_path: Path) -> None:

@@ -324,3 +324,98 @@ def counted_collectives() -> Iterator[list[None]]:
     finally:
         for name in names:
             setattr(dist, name, real[name])
+
+
+def diverged(rank: int) -> dict[str, Any]:
+    """SN501: what two ranks find when both check, what pooling leaves, and who waits for whom."""
+    every = dist.group.WORLD
+
+    def net(seed: int = 0, steps: int = 0, shift: float = 0.0) -> nn.Module:
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+        made.append(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)).train()
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            made(torch.randn(8, 3, 4, 4, generator=generator) + shift)
+        return made
+
+    def found(model: nn.Module, **options: Any) -> Any:
+        report = sn.check(model, select="SN501", group=every, **options)
+        assert not report.crashed, report.crashed
+        return report
+
+    def outcome(model: nn.Module) -> Any:
+        report = found(model)
+        if report.not_run:
+            return report.not_run[0].reason
+        return [(f.severity, f.paths, dict(f.evidence)) for f in report.findings]
+
+    seen: dict[str, Any] = {"equal": outcome(net(steps=3))}
+    own = net(seed=rank, steps=3, shift=float(rank))
+    before = tensors(own)
+    report = found(own)
+    seen["own"] = [(f.severity, f.paths, dict(f.evidence)) for f in report.findings]
+    seen["message"] = report.findings[0].message
+    seen["left"] = {k: bits(t) for k, t in tensors(own).items()} == {
+        k: bits(t) for k, t in before.items()
+    }
+    seen["before"] = before
+    fixed = report.fix(unsafe=True)
+    seen["pooled"] = tensors(own)
+    seen["after"] = outcome(own)
+    fixed.undo()
+    seen["undone"] = {k: bits(t) for k, t in tensors(own).items()} == {
+        k: bits(t) for k, t in before.items()
+    }
+
+    rounded = net(steps=3)
+    rounded[1].running_mean.mul_(1 + 1e-6 * rank)
+    rounded[1].running_var.mul_(1 + 1e-6 * rank)
+    seen["rounding"] = outcome(rounded)
+    seen["half"] = outcome(net(steps=3).bfloat16())
+    seen["sync"] = outcome(nn.SyncBatchNorm.convert_sync_batchnorm(net(steps=3)))
+    held = net(steps=3)
+    sn.freeze(held)
+    seen["held"] = outcome(held)
+    held[1].running_mean.add_(rank)
+    seen["held apart"] = outcome(held)
+    seen["no statistics"] = outcome(nn.BatchNorm1d(2, track_running_stats=False))
+    seen["lazy"] = outcome(nn.LazyBatchNorm1d())
+    seen["meta"] = outcome(nn.BatchNorm1d(2, device="meta"))
+
+    poisoned = net(steps=3)
+    poisoned[1].running_var[0] = float("nan") if rank == 1 else 1.0
+    report = found(poisoned)
+    seen["one NaN"] = [(f.paths, f.fix) for f in report.findings]
+    poisoned[1].running_var[0] = float("nan")
+    seen["both NaN"] = outcome(poisoned)
+
+    for name, shift in (("broadcast", 0.0), ("broadcast, far", 30.0 * rank)):
+        wrapped = DistributedDataParallel(net())
+        generator = torch.Generator().manual_seed(rank)
+        wrapped(torch.randn(64, 3, 8, 8, generator=generator) + shift).sum().backward()
+        seen[name] = outcome(wrapped)
+    quiet = DistributedDataParallel(net(), broadcast_buffers=False)
+    quiet(torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(rank))).sum().backward()
+    seen["no broadcast"] = outcome(quiet)
+
+    seen["other model"] = outcome(nn.BatchNorm1d(2 + rank))
+    if rank == 0:  # the other rank does not check: nobody waits for it
+        seen["alone"] = sn.check(net(), select="SN501").not_run[0].reason
+    try:
+        found(net(), batches=[torch.randn(4, 3, 4, 4) if rank == 0 else torch.randn(4, 9)])
+        seen["a batch that fails on rank 1"] = "done"
+    except sn.errors.BatchError:
+        seen["a batch that fails on rank 1"] = "raised"
+
+    from stillnorm.diagnosis import peers
+
+    kept = peers._statistics
+    if rank == 1:
+        peers._statistics = lambda layers: torch.ones(1) / 0 + [][0]
+    try:
+        seen["rank 1 fails"] = outcome(net())
+    except IndexError:
+        seen["rank 1 fails"] = "raised"
+    peers._statistics = kept
+    return seen

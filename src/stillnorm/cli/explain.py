@@ -9,7 +9,8 @@ from stillnorm.cli.options import show_text
 
 @click.command("explain")
 @click.argument("rule", required=False)
-def explain(rule: str | None) -> None:
+@click.option("--markdown", is_flag=True, help="As a page of Markdown, every rule in full.")
+def explain(rule: str | None, markdown: bool) -> None:
     """Explain a rule, or list them all.
 
     What it finds, why it matters, when it is fine, and what repairs it.
@@ -18,6 +19,7 @@ def explain(rule: str | None) -> None:
     (SN2), the rules are listed.
     """
     from stillnorm.diagnosis.codes import CODES, lookup
+    from stillnorm.diagnosis.handbook import page
     from stillnorm.diagnosis.rule import Rule
     from stillnorm.reports import Block, Code, Document, Heading, Line, Table
 
@@ -34,8 +36,8 @@ def explain(rule: str | None) -> None:
             blocks += [Code(content)] if example else map(Line, content.splitlines())
         return Document(f"{rule.code} {rule.slug} ({rule.severity})", tuple(blocks))
 
-    if rule is None:
-        show_text(listed(tuple(CODES.values())))
+    found = tuple(CODES.values()) if rule is None else lookup(rule)
+    if markdown:
+        click.echo(page(found))
         return
-    found = lookup(rule)
     show_text(explained(found[0]) if len(found) == 1 else listed(found))

@@ -19,14 +19,33 @@ from stillnorm.cli.weights import load_weights
 if TYPE_CHECKING:
     from torch import nn
 
+    from stillnorm.diagnosis.skeleton import Stored
     from stillnorm.reports import Document
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-format_option = click.option(
-    "--format", type=click.Choice(["text", "json"]), default="text", help="How to write the result."
-)
 
+def format_of(*names: str) -> Callable[[F], F]:
+    """Return the option that says how the result is written."""
+    return click.option(
+        "--format",
+        type=click.Choice(names),
+        default=names[0],
+        show_default=len(names) > 2,
+        help="How to write the result.",
+    )
+
+
+format_option = format_of("text", "json")
+
+FILES = """\b
+TARGET makes the model, or is a file that is looked at alone:
+  package.module:factory     torchvision.models:resnet18
+  file.py:factory            net.py:make
+  a call with literals       "timm:create_model('resnet50')"
+  a checkpoint               .safetensors, .pt, .pth, .ckpt, .bin
+  an exported graph          .onnx, .pt2 of torch.export
+"""
 
 TARGETS = """\b
 TARGET makes the model:
@@ -36,7 +55,9 @@ TARGET makes the model:
 """
 
 
-def on_model(command: F, *, needs_data: bool = False) -> F:
+def on_model(
+    command: F, *, needs_data: bool = False, format: Callable[[F], F] = format_option
+) -> F:
     """Add the arguments of every command on a model: the target, and what goes with it."""
     for option in reversed(
         (
@@ -59,7 +80,7 @@ def on_model(command: F, *, needs_data: bool = False) -> F:
                 help="A function (model, batch) -> output, where model(batch) is not the call.",
             ),
             click.option("--device", help="Where to put the model and the batches: cuda, cuda:1."),
-            format_option,
+            format,
         )
     ):
         command = option(command)
@@ -73,6 +94,7 @@ class Loaded:
     model: nn.Module
     data: object
     forward: Callable[..., Any] | None
+    file: Stored | None = None
 
     def on(self, device: str | None) -> Loaded:
         """Return the same with the model and the batches on a device; None leaves them."""
@@ -86,10 +108,24 @@ class Loaded:
 
 
 def load(
-    target: str, weights: Path | None, data: str | None, forward: str | None, device: str | None
+    target: str,
+    weights: Path | None,
+    data: str | None,
+    forward: str | None,
+    device: str | None,
+    *,
+    files: bool = False,
 ) -> Loaded:
-    """Load a model and its data, and put them where they belong."""
+    """Load a model and its data, and put them where they belong.
+
+    With `files` the target may be a file instead: then the model is the tree of its norm layers.
+    """
     with working(f"loading {target}"):
+        if files and (file := targets.load_file(target)) is not None:
+            given = {"weights": weights, "data": data, "forward": forward, "device": device}
+            for option in (name for name, value in given.items() if value is not None):
+                raise click.UsageError(f"--{option} needs a model: {file.name} is a file")
+            return Loaded(file.tree(), None, None, file)
         model = targets.load_model(target)
         if weights is not None:
             load_weights(model, weights)
@@ -131,9 +167,13 @@ def show(result: Result, document: Document, format: str) -> None:
 
 def show_text(document: Document) -> None:
     """Write a document on stdout; colours on a terminal only."""
+    click.echo(as_text(document, terminal=sys.stdout.isatty()))
+
+
+def as_text(document: Document, *, terminal: bool) -> str:
+    """Return a document as text: as wide as the terminal and in colour, or 100 columns plain."""
     from stillnorm.reports import text
 
-    terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size((100, 24)).columns if terminal else 100
     color = terminal and "NO_COLOR" not in os.environ
-    click.echo(text.write(document, width=max(60, min(100, width)), color=color))
+    return text.write(document, width=max(60, min(100, width)), color=color)

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from stillnorm.cli.options import TARGETS, load, on_model, show, working
-from stillnorm.errors import CalibrationError, FileFormatError
+from stillnorm.cli.weights import must_be_tensors, must_have_a_folder
+from stillnorm.errors import CalibrationError
 from stillnorm.reports.numbers import count, short
 
 if TYPE_CHECKING:
@@ -88,10 +89,10 @@ def recalibrate(
 
     with processes(device, whole=ctx.find_root().params["traceback"]) as group:
         file = out if group.rank == 0 else None
-        group.all(lambda: _must_have_a_folder(file))
+        group.all(lambda: must_have_a_folder(file))
         loaded = group.all(lambda: load(target, weights, data, forward, None))
         if out is not None:
-            _must_be_tensors(loaded.model.state_dict())
+            must_be_tensors(loaded.model.state_dict())
         mine = group.share(loaded.data, max_batches)
         placed = group.all(lambda: replace(loaded, data=mine).on(group.device(device)))
         with _bar(length(mine, max_batches), tolerance, group.size) as progress:
@@ -114,23 +115,6 @@ def recalibrate(
         show(report, report.document(), format)
         kept = "nothing is written: --out FILE.safetensors keeps the statistics"
         click.echo(kept if out is None else f"the model with these statistics: {out}", err=True)
-
-
-def _must_have_a_folder(out: Path | None) -> None:
-    if out is not None and not out.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {out.parent}", param_hint="--out")
-
-
-def _must_be_tensors(state: dict[str, Any]) -> None:
-    """Say now, not after the work, that a module has extra state of another kind."""
-    from torch import Tensor
-
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise FileFormatError(
-                f"{key} is a {type(value).__name__}: .safetensors holds tensors only",
-                help="in Python: stillnorm.recalibrate(model, batches), then torch.save",
-            )
 
 
 def _write(model: nn.Module, out: Path | None) -> None:

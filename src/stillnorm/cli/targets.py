@@ -2,7 +2,8 @@
 
 ``package.module:factory``, ``file.py:factory``, or a call with literal arguments,
 ``"timm:create_model('resnet50')"``. A class or a function is called without arguments. Arguments
-are read as literals, never evaluated; the module itself is the user's own code and is run.
+are read as literals, never evaluated; the module itself is the user's own code and is run. A
+checkpoint or an exported graph, ``run3.ckpt``, is read; nothing in it is run.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from stillnorm.errors import TargetError
 if TYPE_CHECKING:
     from torch import nn
 
+    from stillnorm.diagnosis.skeleton import Stored
+
 Function = Callable[..., Any]
 
 _FORMS = "package.module:factory, file.py:factory, or \"package.module:factory('literal', 10)\""
-_CHECKPOINTS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin"}
+FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".onnx", ".pt2")
 _FACTORY = re.compile("make|build|create|model|net", re.IGNORECASE)
 _TARGET = re.compile(r"((?:[A-Za-z]:[\\/])?[^:]*):(.+)", re.DOTALL)  # C:\net.py is one name
 
@@ -50,6 +53,19 @@ def load_model(target: str) -> nn.Module:
     return model
 
 
+def load_file(target: str) -> Stored | None:
+    """Return what is in the file that a target names; None for a target that is none.
+
+    Raises:
+        FileFormatError: The file cannot be read.
+    """
+    if ":" in target[2:] or Path(target).suffix.lower() not in FILES:
+        return None
+    from stillnorm.diagnosis.checkpoint import read_target
+
+    return read_target(target)
+
+
 def load_data(target: str) -> object:
     """Return the batches that a target makes.
 
@@ -59,12 +75,13 @@ def load_data(target: str) -> object:
     return _made(target)
 
 
-def load_function(target: str, *takes: str) -> Function:
+def load_function(target: str, *takes: str, also: tuple[str, ...] = ()) -> Function:
     """Return the function that a target names; it is not called.
 
     Args:
         target: The target.
         takes: The names of the positional arguments that it is going to be given.
+        also: Further ones that it may take.
 
     Raises:
         TargetError: There is no such file, module or name, it is not a function, or one of other
@@ -79,9 +96,11 @@ def load_function(target: str, *takes: str) -> Function:
             help=f"write a function ({', '.join(takes)}) -> ... and name it",
         )
     signature = _signature(found)
-    if signature is not None and _unbindable(signature, takes, {}):
+    if signature is not None and all(
+        _unbindable(signature, given, {}) for given in (takes, (*takes, *also))
+    ):
         raise TargetError(
-            f"{target}{signature} is called with ({', '.join(takes)})",
+            f"{target}{signature} is called with ({', '.join((*takes, *also))})",
             help="give it these arguments, in this order",
         )
     function: Function = found
@@ -121,10 +140,14 @@ def _split(target: str) -> tuple[str, str]:
     if match and match[1]:
         return match[1], match[2]
     path = Path(target.rstrip(":"))
-    if path.suffix in _CHECKPOINTS:
+    if path.suffix.lower() in FILES:
+        graph = path.suffix.lower() in (".onnx", ".pt2")
         raise TargetError(
-            f"{path.name} is a checkpoint; what is in it alone cannot be looked at yet",
-            help=f"put it into its model: net.py:make --weights {path}",
+            f"{path.name} is {'an exported graph' if graph else 'a checkpoint'}, and this needs "
+            "the model itself",
+            help="name what makes it: net.py:make"
+            if graph
+            else f"put it into its model: net.py:make --weights {path}",
         )
     if path.suffix == ".py":
         _must_exist(path)

@@ -6,14 +6,17 @@ import math
 from collections.abc import Collection, Sequence
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from stillnorm.diagnosis.causes import Causes
 from stillnorm.diagnosis.measure import Distance, Samples, batch_noise, distance, samples_of
+from stillnorm.diagnosis.prediction import Prediction, run_prediction
 from stillnorm.diagnosis.request import Request
 from stillnorm.diagnosis.runs import Flow, Runs
+from stillnorm.diagnosis.step import Step, run_step
+from stillnorm.diagnosis.structure import Structure
 from stillnorm.norms import Modes, NormLayer, find_norms, probe_modes
-from stillnorm.tracing import Call
+from stillnorm.tracing import Call, Site
 
 SENSITIVE = 1 / 3  # of the thresholds, once the user's own score says that statistics are stale
 
@@ -25,6 +28,8 @@ class CannotTell(Exception):
 class Evidence:
     """Everything that rules look at. Numbers per layer are computed when first asked for.
 
+    They are of the `statistics` as they were found, by path, whatever becomes of the model.
+
     Args:
         request: What `check` was given. Rules that call its functions leave the model as it was.
         runs: What the model's forwards showed; None without batches.
@@ -35,6 +40,7 @@ class Evidence:
         self.model = model = request.model
         self.layers: tuple[NormLayer, ...] = find_norms(model)
         self.modes: Modes = probe_modes(model)
+        self.statistics = {layer.path: _copied(layer) for layer in self.layers}
         self.runs = runs
         self.causes = Causes()
         self._samples: dict[tuple[str, Flow], Samples | None] = {}
@@ -46,6 +52,22 @@ class Evidence:
         if self.runs is None:
             raise CannotTell("needs batches")
         return self.runs
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        """What `predict` did on the first batch, for rules that need it."""
+        return run_prediction(self.request, self.measured.batches[0], self.layers)
+
+    @cached_property
+    def step(self) -> Step:
+        """What one training step did, on the first batch, for rules that need it."""
+        return run_step(self.request, self.measured.batches[0], self.layers)
+
+    @cached_property
+    def structure(self) -> Structure:
+        """How data flow between the layers, for rules that need it."""
+        runs = self.measured
+        return Structure(self.model, runs.batches[0], runs.forward, self.modes.in_train)
 
     # ------------------------------------------------------------------ order and modes
 
@@ -98,6 +120,16 @@ class Evidence:
         sites = (str(call.site) for call in sorted(calls, key=lambda call: call.order) if call.site)
         return tuple(dict.fromkeys(sites))
 
+    def sites(self, where: Collection[str], paths: Collection[str]) -> tuple[Site, ...]:
+        """Return the source lines that `where` wrote, as far as the calls at the paths tell."""
+        known = {
+            str(call.site): call.site
+            for (path, _), calls in self._calls.items()
+            for call in calls
+            if call.site and path in paths
+        }
+        return tuple(known[line] for line in where if line in known)
+
     def in_order(self, layers: Sequence[NormLayer]) -> list[NormLayer]:
         """Return the layers in order of their first call; those never called stay at the end."""
 
@@ -128,7 +160,7 @@ class Evidence:
         """
         key = (layer.path, flow)
         if key not in self._distances:
-            mean, var = layer.running_mean, layer.running_var
+            mean, var = self.statistics[layer.path]
             if flow == "recalibrated" and self.runs is not None:
                 mean, var = self.runs.after.get(layer.path, (mean, var))
             self._distances[key] = distance(
@@ -187,3 +219,14 @@ class Evidence:
     def noise(self, layer: NormLayer) -> float | None:
         """Predict the noise of the layer's batch statistics at the batch size given."""
         return batch_noise(self.samples(layer, "batch"), layer.eps)
+
+
+def _copied(layer: NormLayer) -> tuple[Tensor | None, Tensor | None]:
+    """Copy the running mean and variance; None for what a layer lacks, or does not have yet."""
+    if layer.is_lazy:
+        return None, None
+    mean, var = layer.running_mean, layer.running_var
+    return (
+        None if mean is None else mean.detach().clone(),
+        None if var is None else var.detach().clone(),
+    )

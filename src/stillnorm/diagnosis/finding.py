@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from stillnorm.reports.document import Severity, Table
+from stillnorm.tracing import Site
 
 Applicability = Literal["safe", "unsafe"]
 Action = Literal[
@@ -20,6 +20,7 @@ Action = Literal[
     "track",
     "split",
     "momentum",
+    "pool",
     "recalibrate",
     "recalibrate and freeze",
     "freeze",
@@ -43,6 +44,7 @@ class Fix:
         action: Which change; `fixes.py` does it.
         paths: The layers that it changes.
         option: What else the change has to be told, as `fixes.py` says.
+        measured: The user's score in eval mode with this fix alone, where that was tried.
     """
 
     title: str
@@ -50,6 +52,7 @@ class Fix:
     action: Action
     paths: tuple[str, ...]
     option: str | float | None = None
+    measured: float | None = None
 
     @property
     def needs_data(self) -> bool:
@@ -75,6 +78,7 @@ class Finding:
         help: What the user can change.
         fix: What stillnorm can change.
         where: Source lines of the calls, ``"net.py:31"``.
+        sites: The same lines with their files' paths.
         table: The evidence laid out for reading.
     """
 
@@ -90,26 +94,12 @@ class Finding:
     help: str = ""
     fix: Fix | None = None
     where: tuple[str, ...] = ()
+    sites: tuple[Site, ...] = ()
     table: Table | None = None
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """What the finding is known by in a baseline, for each path: the same in every run."""
-        return {path: fingerprint(self.code, path) for path in self.paths}
 
     def at_least(self, severity: Severity) -> bool:
         """Tell whether the finding is as severe as `severity`, or worse."""
         return SEVERITIES.index(self.severity) <= SEVERITIES.index(severity)
-
-
-def fingerprint(code: str, path: str) -> str:
-    """Return the fingerprint of one fault at one layer.
-
-    Example:
-        >>> fingerprint("SN201", "bn_6")
-        '6bfa505be9817b1d'
-    """
-    return hashlib.sha256(f"{code}:{path}".encode()).hexdigest()[:16]
 
 
 def source_lines(where: tuple[str, ...]) -> str:
@@ -125,3 +115,19 @@ def source_lines(where: tuple[str, ...]) -> str:
         shown.append(line if file == last else site)
         last = file
     return ", ".join(shown)
+
+
+def named(path: str) -> str:
+    """Write a path; the model itself has none."""
+    return path or "(root)"
+
+
+def listed(paths: Sequence[str], most: int = 3) -> str:
+    """Write the first few paths, and how many more there are.
+
+    Example:
+        >>> listed(["bn1", "bn2", "bn3", "bn4"])
+        'bn1, bn2, bn3 and 1 more'
+    """
+    shown = ", ".join(map(named, paths[:most]))
+    return shown if len(paths) <= most else f"{shown} and {len(paths) - most} more"

@@ -11,10 +11,12 @@ from torch import nn
 from stillnorm.calibration import recalibrate
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Action, Fix
+from stillnorm.diagnosis.peers import Peers
 from stillnorm.errors import StateError
 from stillnorm.freezing import freeze, unfreeze
 from stillnorm.norms import NormLayer, find_norms
 from stillnorm.norms.hold import Affine
+from stillnorm.norms.tensors import write
 from stillnorm.repair import (
     absorb_bias,
     clone_inference_tensors,
@@ -41,6 +43,7 @@ def apply_all(fixes: Iterable[Fix], evidence: Evidence) -> Callable[[], None]:
         evidence.model,
         () if evidence.runs is None else evidence.runs.batches,
         evidence.request.forward,
+        evidence.request.peers,
     )
     fixes = tuple(fixes)
     missing = {path for fix in fixes for path in fix.paths} - {
@@ -79,6 +82,7 @@ class _Work:
     model: nn.Module
     batches: tuple[object, ...]
     forward: Forward | None
+    peers: Peers | None = None
     undo: ExitStack = field(default_factory=ExitStack)
 
     def layers(self, paths: Iterable[str]) -> list[NormLayer]:
@@ -165,6 +169,19 @@ def _turn_momentum(work: _Work, layers: Sequence[NormLayer], option: Option) -> 
         setattr(layer.module, "momentum", round(1 - before, 9))  # noqa: B010
 
 
+def _pool(work: _Work, layers: Sequence[NormLayer], option: Option) -> None:
+    """Write the moments that were gathered from all ranks; this asks no other rank."""
+    if work.peers is None:
+        raise StateError("there are no other ranks to pool with")
+    for layer in layers:
+        for tensor, value in zip(
+            (layer.running_mean, layer.running_var), work.peers.pooled(layer), strict=True
+        ):
+            if tensor is not None:
+                work.undo.callback(write, tensor, tensor.detach().clone())
+                write(tensor, value)
+
+
 def _recalibrate(work: _Work, layers: Sequence[NormLayer], option: Option) -> None:
     """Estimate the statistics of the layers; those that stillnorm holds are held again after."""
     held = {layer: _declared(layer) for layer in layers if layer.hold is not None}
@@ -215,6 +232,7 @@ _ACTIONS: dict[Action, Callable[[_Work, Sequence[NormLayer], Option], None]] = {
     "track": _track,
     "split": _split,
     "momentum": _turn_momentum,
+    "pool": _pool,
     "recalibrate": _recalibrate,
     "recalibrate and freeze": _recalibrate_and_freeze,
     "freeze": _freeze,

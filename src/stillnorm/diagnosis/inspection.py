@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from stillnorm.diagnosis.checkpoint import Target, opened
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.inspection_screen import document
 from stillnorm.diagnosis.runner import check
+from stillnorm.diagnosis.skeleton import Stored
 from stillnorm.norms import Modes, NormalizesBy, NormLayer, find_norms, probe_modes, walk
 from stillnorm.reports import Document, json, text
 from stillnorm.tracing import Trace, each_batch, trace
@@ -22,6 +25,8 @@ Forward = Callable[[Any, Any], object]
 @dataclass(frozen=True)
 class Inspected:
     """One norm layer: what it is, and which way its three switches stand in each mode.
+
+    What a file does not say of a layer is None: all but its path, channels and tensors.
 
     Args:
         path: Its path in the model; empty for a model that is itself a norm layer.
@@ -43,21 +48,22 @@ class Inspected:
         variance: The smallest and the largest running variance; None without one.
         dtype: ``"float32"``; ``"float16/float32"`` where affine and statistics differ.
         used: With a batch: what each call of the forward really normalised by, in order; ``()``
-            for a layer that was never called. None without a batch.
+            for a layer that was never called. None without a batch. Of an exported graph: what it
+            normalises by.
     """
 
     path: str
     paths: tuple[str, ...]
-    kind: str
+    kind: str | None
     num_features: int
-    training: bool
-    normalizes_by_in_train: NormalizesBy
-    normalizes_by_in_eval: NormalizesBy
-    updates_statistics: bool
+    training: bool | None
+    normalizes_by_in_train: NormalizesBy | None
+    normalizes_by_in_eval: NormalizesBy | None
+    updates_statistics: bool | None
     has_affine: bool
-    trains_affine: bool
+    trains_affine: bool | None
     held: str | None
-    eps: float
+    eps: float | None
     momentum: float | None
     batches_seen: int | None
     variance: tuple[float, float] | None
@@ -70,16 +76,18 @@ class Inspection:
     """What `inspect` saw.
 
     Args:
-        model: The model's class name.
-        training: Its flag `training` now.
+        model: The model's class name, or the file's.
+        training: Its flag `training` now; None of a file.
         layers: One row per norm layer, in registration order.
         findings: Errors and warnings of the rules that need no data.
+        file: What `model` is where it names a file: "checkpoint"; empty for a model.
     """
 
     model: str
-    training: bool
+    training: bool | None
     layers: tuple[Inspected, ...]
     findings: tuple[Finding, ...]
+    file: str = ""
 
     def document(self, all: bool = False) -> Document:
         """Return it as a document; identical siblings share a row unless `all` is asked for."""
@@ -94,12 +102,12 @@ class Inspection:
 
 
 def inspect(
-    model: nn.Module, batch: object = None, *, forward: Forward | None = None
+    model: nn.Module | Target, batch: object = None, *, forward: Forward | None = None
 ) -> Inspection:
     """See what every norm layer of a model does.
 
     Args:
-        model: The model, in any mode; nothing about it is changed.
+        model: The model, in any mode; nothing about it is changed. Or a file, as `check` takes it.
         batch: A batch to run the model on, in its present modes, to see what the layers really
             use, which can differ from what their flags say. Of several batches the first is run.
         forward: How to call the model on it, ``(model, batch) -> output``.
@@ -108,7 +116,8 @@ def inspect(
         One row per layer. Printed, identical siblings collapse.
 
     Raises:
-        BatchError: The model cannot be called on the batch.
+        BatchError: The model cannot be called on the batch; or it is a file.
+        FileFormatError: The file cannot be read.
 
     Cost:
         Without a batch, reading each layer's variance; with one, a forward without gradients.
@@ -119,6 +128,8 @@ def inspect(
         >>> row.path, row.normalizes_by_in_train, row.normalizes_by_in_eval, row.held
         ('1', 'batch', 'running', None)
     """
+    if not isinstance(model, nn.Module):
+        return _of_file(*opened(model), batch, forward)
     modes = probe_modes(model)
     seen = None
     if batch is not None:
@@ -128,6 +139,41 @@ def inspect(
         training=model.training,
         layers=tuple(_row(layer, modes, seen) for layer in find_norms(model)),
         findings=tuple(f for f in check(model).findings if f.severity != "info"),
+    )
+
+
+def _of_file(file: Stored, tree: nn.Module, batch: object, forward: Forward | None) -> Inspection:
+    """See what a file says of its norm layers."""
+    report = check(file, batch, forward=forward)
+    uses = {norm.path: norm.uses for norm in file.norms}
+    return Inspection(
+        model=file.name,
+        training=None,
+        layers=tuple(_stored_row(layer, uses.get(layer.path)) for layer in find_norms(tree)),
+        findings=tuple(f for f in report.findings if f.severity != "info"),
+        file=file.title,
+    )
+
+
+def _stored_row(layer: NormLayer, uses: NormalizesBy | None) -> Inspected:
+    return Inspected(
+        path=layer.path,
+        paths=layer.paths,
+        kind=None,
+        num_features=layer.num_features,
+        training=None,
+        normalizes_by_in_train=None,
+        normalizes_by_in_eval=None,
+        updates_statistics=None,
+        has_affine=layer.weight is not None or layer.bias is not None,
+        trains_affine=None,
+        held=None,
+        eps=None if math.isnan(layer.eps) else layer.eps,
+        momentum=None,
+        batches_seen=_batches_seen(layer),
+        variance=_variance(layer),
+        dtype=_dtype(layer),
+        used=None if uses is None else (uses,),
     )
 
 

@@ -22,9 +22,16 @@ _NO_NORMS = (
 )
 
 
+_NONE = (
+    "no running statistics: nothing of batch norm is in it, or it was left out when it was saved."
+)
+
+
 def document(inspection: Inspection, *, all: bool) -> Document:
     """Lay an inspection out: headline, table, legend, suspicious rows."""
     layers = inspection.layers
+    if not layers and inspection.file:
+        return Document(f"{inspection.model}: {inspection.file}, no norm layers", (Line(_NONE),))
     if not layers:
         return Document(f"{inspection.model}: no norm layers", (Line(_NO_NORMS),))
     marks = _marks(inspection.findings)
@@ -38,7 +45,7 @@ def document(inspection: Inspection, *, all: bool) -> Document:
         *_said_once(rows),
         _table(rows),
         Line(""),
-        *_legend(layers),
+        *(_legend_of_file(inspection) if inspection.file else _legend(layers)),
         *_pointers(inspection),
     )
     return Document(_headline(inspection, len(rows)), blocks)
@@ -50,6 +57,8 @@ def _headline(inspection: Inspection, rows: int) -> str:
         count(len(layers), "norm layer")
         + (f" in {count(rows, 'row')}" if rows < len(layers) else "")
     ]
+    if inspection.file:
+        return f"{inspection.model}: {', '.join([inspection.file, *facts])}"
     if held := sum(layer.held is not None for layer in layers):
         facts.append(f"{held} held")
     facts.append(f"{'train' if inspection.training else 'eval'} mode now")
@@ -109,12 +118,14 @@ class _Row:
     def channels(self) -> str:
         values = sorted({layer.num_features for layer in self.members})
         if values == [0]:
-            return "lazy"
+            return "-" if self.first.training is None else "lazy"
         return str(values[0]) if len(values) == 1 else f"{values[0]}..{values[-1]}"
 
     def updates(self) -> str:
         """Write the momentum; ``-`` for what cannot move, 0 for what only stands still."""
         layer = self.first
+        if layer.training is None:
+            return "-"
         stands_still = layer.momentum == 0 and layer.normalizes_by_in_train != "running"
         if not layer.updates_statistics and not (stands_still and layer.variance is not None):
             return "-"
@@ -123,10 +134,14 @@ class _Row:
     def affine(self) -> str:
         if not self.first.has_affine:
             return "none"
+        if self.first.training is None:
+            return "yes"
         return "learns" if self.first.trains_affine else "frozen"
 
     def held(self) -> str:
         """Name who holds the layer; the kind of a foreign layer has its own column."""
+        if self.first.training is None:
+            return "-"
         return (self.first.held or "no").removesuffix(f" {self.first.kind}")
 
     def seen(self) -> str:
@@ -152,6 +167,8 @@ class _Row:
             return "never called"
         kinds = Counter(layer.used)
         shown = ", ".join(kind if n == 1 else f"{kind} x{n}" for kind, n in kinds.items())
+        if layer.training is None:
+            return Span(shown, "error" if "batch" in kinds else "")
         said = layer.normalizes_by_in_train if layer.training else layer.normalizes_by_in_eval
         return Span(shown, "" if set(kinds) == {said} else "error")
 
@@ -160,12 +177,12 @@ _Column = tuple[str, str, Callable[[_Row], Text]]  # header, alignment, cell
 
 # What these say of every layer alike is said once, above the table.
 _ONCE: tuple[_Column, ...] = (
-    ("kind", "l", lambda row: row.first.kind),
+    ("kind", "l", lambda row: row.first.kind or "-"),
     ("updates", "l", _Row.updates),
     ("affine", "l", _Row.affine),
     ("held", "l", _Row.held),
     ("seen", "r", _Row.seen),
-    ("eps", "l", lambda row: f"{row.first.eps:g}"),
+    ("eps", "l", lambda row: "-" if row.first.eps is None else f"{row.first.eps:g}"),
     ("dtype", "l", lambda row: row.first.dtype or "-"),
 )
 
@@ -183,6 +200,7 @@ def _said_once(rows: list[_Row]) -> Iterator[Line]:
         plain(cell(rows[0])) if header in ("kind", "dtype") else f"{header} {plain(cell(rows[0]))}"
         for header, align, cell in _ONCE
         if not _differs((header, align, cell), rows)
+        and not (rows[0].first.training is None and plain(cell(rows[0])) == "-")
     ]
     if facts:
         yield Line(f"everywhere: {', '.join(facts)}")
@@ -206,8 +224,8 @@ def _columns(rows: list[_Row]) -> Iterator[_Column]:
         yield "", "r", _Row.many
     yield kind
     yield "C", "r", _Row.channels
-    yield "train()", "l", lambda row: row.first.normalizes_by_in_train
-    yield "eval()", "l", lambda row: row.first.normalizes_by_in_eval
+    yield "train()", "l", lambda row: row.first.normalizes_by_in_train or "-"
+    yield "eval()", "l", lambda row: row.first.normalizes_by_in_eval or "-"
     if rows[0].first.used is not None:
         yield "used", "l", _Row.used
     yield from rest
@@ -219,6 +237,12 @@ def _columns(rows: list[_Row]) -> Iterator[_Column]:
 # ------------------------------------------------------------------------------- below it
 
 
+_VARIANCE = Line(
+    "variance: running_var, not a deviation.  "
+    "seen: num_batches_tracked, 0 can be a legacy checkpoint."
+)
+
+
 def _legend(layers: tuple[Inspected, ...]) -> Iterator[Line]:
     """Say how to read the table."""
     yield Line(
@@ -227,10 +251,15 @@ def _legend(layers: tuple[Inspected, ...]) -> Iterator[Line]:
     )
     if layers[0].used is not None:
         yield Line("used: what the forward really used on this batch, in the modes of now.")
-    yield Line(
-        "variance: running_var, not a deviation.  "
-        "seen: num_batches_tracked, 0 can be a legacy checkpoint."
-    )
+    yield _VARIANCE
+
+
+def _legend_of_file(inspection: Inspection) -> Iterator[Line]:
+    """Say how to read the table of a file."""
+    yield Line("-: the file does not say: modes, settings and what learns are the model's.")
+    if inspection.layers[0].used is not None:
+        yield Line("used: what the graph normalises by, whatever the mode.")
+    yield _VARIANCE
 
 
 def _pointers(inspection: Inspection) -> Iterator[Block]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from stillnorm.diagnosis.finding import Finding, source_lines
+from stillnorm.diagnosis.finding import Finding, listed, named, source_lines
 from stillnorm.diagnosis.runs import Head
+from stillnorm.diagnosis.summary import COMMAND_LINE, PYTHON, Wording, summary
 from stillnorm.diagnosis.verdict import in_units
 from stillnorm.reports.document import Block, Diagnostic, Document, Line, Span, Table
 from stillnorm.reports.numbers import count
@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from stillnorm.diagnosis.report import Report
 
 OPEN = 3  # findings shown in full; the rest take a line each
-PATHS = 3
 LINES = 6
 
 
-def lay_out(report: Report, verbose: bool) -> Document:
+def lay_out(report: Report, verbose: bool, wording: Wording = PYTHON) -> Document:
     """Return the report as a document."""
     blocks: list[Block] = []
     if report.head is not None:
@@ -29,13 +28,34 @@ def lay_out(report: Report, verbose: bool) -> Document:
     opened = shown if verbose else shown[:OPEN]
     blocks += [_diagnostic(report, finding) for finding in opened]
     blocks += [_one_line(finding) for finding in shown[len(opened) :]]
-    blocks += [Line(""), *_summary(report, verbose)]
+    blocks += [Line(""), *summary(report, verbose, wording)]
+    return Document(_title(report), tuple(blocks))
+
+
+def overview(report: Report) -> Document:
+    """Return the report with what was found in a table first, then all of it."""
+    blocks: list[Block] = [] if report.head is None else [_head(report.head)]
+    blocks += [Line(""), *summary(report, verbose=True, wording=COMMAND_LINE), Line("")]
+    if report.findings:
+        rows = tuple(
+            (
+                finding.severity,
+                f"{finding.code} {finding.slug}",
+                listed(finding.paths),
+                finding.message,
+            )
+            for finding in report.findings
+        )
+        blocks.append(Table(("", "rule", "layers", "finding"), rows, "llll"))
+    blocks += [_diagnostic(report, finding) for finding in report.findings]
     return Document(_title(report), tuple(blocks))
 
 
 def _title(report: Report) -> str:
     kinds = Counter(layer.kind for layer in report.layers)
     norms = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "no norm layers"
+    if report.file:  # it tells no classes
+        norms = f"{report.file}, {count(len(report.layers), 'norm layer')}"
     parts = [f"{report.model}: {norms}"]
     if (data := report.data) is not None:
         of = "" if data.total in (None, data.batches) else f" of {data.total}"
@@ -105,18 +125,13 @@ def _where(report: Report, finding: Finding) -> str:
     """Write "bn_6  BatchNorm2d(32)   net.py:31, net.py:33", or the first paths of several."""
     paths = finding.paths
     if len(paths) == 1 or finding.also:
-        names = _name(paths[0])
+        names = named(paths[0])
         if (layer := next((x for x in report.layers if x.path == paths[0]), None)) is not None:
             names += f"  {layer.kind}({layer.num_features})"
     else:
-        names = ", ".join(_name(path) for path in paths[:PATHS])
-        names += f" and {len(paths) - PATHS} more" if len(paths) > PATHS else ""
+        names = listed(finding.paths)
     more = f" and {len(finding.where) - LINES} more" if len(finding.where) > LINES else ""
     return f"{names}   {source_lines(finding.where[:LINES])}{more}".rstrip()
-
-
-def _name(path: str) -> str:
-    return path or "(root)"
 
 
 def _fix(report: Report, finding: Finding) -> str:
@@ -126,8 +141,8 @@ def _fix(report: Report, finding: Finding) -> str:
         return f"({fix.applicability}) {fix.title}"
     head = report.head
     measured = ""
-    if head is not None and head.recalibrated is not None:
-        before, after = in_units(head.eval, head), in_units(head.recalibrated, head)
+    if head is not None and fix.measured is not None:
+        before, after = in_units(head.eval, head), in_units(fix.measured, head)
         measured = f", measured: eval {before} -> {after}"
     return f"({fix.applicability}, estimated from these batches) {fix.title}{measured}"
 
@@ -135,33 +150,3 @@ def _fix(report: Report, finding: Finding) -> str:
 def _one_line(finding: Finding) -> Line:
     severity = Span(finding.severity, finding.severity)
     return Line((severity, f"[{finding.code}] {finding.slug}: {finding.message}"))
-
-
-def _summary(report: Report, verbose: bool) -> Iterator[Line]:
-    n = Counter(finding.severity for finding in report.findings)
-    numbers = ((n["error"], "error"), (n["warning"], "warning"), (n["info"], "note"))
-    found = [count(number, noun) for number, noun in numbers if number]
-    line = ", ".join(found) or "nothing found"
-    if n["info"] and not verbose:
-        line += " (--verbose)"
-    safe, unsafe = _fixes(report, "safe"), _fixes(report, "unsafe")
-    if safe:
-        line += f". {count(safe, 'safe fix')}: report.fix()"
-    if unsafe:
-        line += f". {count(unsafe, 'unsafe fix')}: report.fix(unsafe=True)"
-    yield Line(line)
-    if report.verdict is not None:
-        yield Line(f"verdict: {report.verdict.sentence}")
-    reasons: dict[str, list[str]] = {}
-    for missed in report.not_run:
-        reasons.setdefault(missed.reason, []).append(missed.code)
-    for reason, codes in reasons.items():
-        which = ", ".join(codes) if verbose or len(codes) == 1 else count(len(codes), "rule")
-        yield Line(f"not run: {which}: {reason}")
-    for crash in report.crashed:
-        yield Line((Span("internal", "error"), f": {crash.code} failed itself: {crash.error}"))
-
-
-def _fixes(report: Report, applicability: str) -> int:
-    fixes = [finding.fix for finding in report.findings if finding.fix is not None]
-    return sum(fix.applicability == applicability for fix in fixes)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
+from stillnorm.diagnosis.annotations import annotate
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding, Fix
 from stillnorm.diagnosis.fixes import apply_all
-from stillnorm.diagnosis.layout import lay_out
+from stillnorm.diagnosis.gap import Gap
+from stillnorm.diagnosis.layout import lay_out, overview
+from stillnorm.diagnosis.page import page_of
 from stillnorm.diagnosis.runs import Head, Runs
+from stillnorm.diagnosis.summary import COMMAND_LINE, PYTHON
 from stillnorm.diagnosis.verdict import Verdict
 from stillnorm.errors import FindingsError
-from stillnorm.reports import text
+from stillnorm.reports import github, html, markdown, notebook, text
 from stillnorm.reports.document import Document, Severity
 from stillnorm.reports.json import dumps
 from stillnorm.reports.numbers import count
 from stillnorm.tracing import first_tensor
+
+SCHEMA_VERSION = 1  # of the JSON; another one when a field goes or changes its meaning
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,33 @@ class Crash:
 
 
 @dataclass(frozen=True)
+class Suppressed:
+    """A finding, or a part of one, that somebody has accepted.
+
+    Args:
+        code: Its rule.
+        paths: The layers.
+        by: Where that is written: ``"pyproject.toml"``, ``"baseline.json"``.
+        reason: Why, where it says.
+        whole: Whether nothing of the finding is left to report.
+    """
+
+    code: str
+    paths: tuple[str, ...]
+    by: str
+    reason: str
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A finding that a fix has made go away."""
+
+    code: str
+    fix: Fix
+
+
+@dataclass(frozen=True)
 class Applied:
     """The fixes that `Report.fix` applied.
 
@@ -101,9 +135,15 @@ class Report:
         not_run: What was not checked, and why.
         crashed: Rules that failed themselves; tell us.
         head: The score in eval mode, with batch statistics, recalibrated; None without `score`.
+        gap: Which layers and causes make eval and batch statistics disagree; None where they
+            agree, or without batches.
         verdict: Freeze, recalibrate or train; None without batches.
         data: What was run; None without batches.
         seconds: How long it took.
+        ran: Codes of the rules that ran and could tell.
+        file: What `model` is where it names a file: "checkpoint"; empty for a model.
+        suppressed: What was found and not to be reported.
+        fixed: What was fixed before these findings were made.
     """
 
     model: str
@@ -112,9 +152,14 @@ class Report:
     not_run: tuple[NotRun, ...]
     crashed: tuple[Crash, ...]
     head: Head | None
+    gap: Gap | None
     verdict: Verdict | None
     data: Data | None
     seconds: float
+    ran: tuple[str, ...] = field(default=(), kw_only=True)
+    file: str = field(default="", kw_only=True)
+    suppressed: tuple[Suppressed, ...] = field(default=(), kw_only=True)
+    fixed: tuple[Fixed, ...] = field(default=(), kw_only=True)
     _evidence: Evidence = field(repr=False)
 
     def fix(self, unsafe: bool = False) -> Applied:
@@ -154,13 +199,50 @@ class Report:
             )
 
     def to_json(self) -> str:
-        """Return the report as JSON, without the parts that only lay out what is there already."""
-        bare = tuple(replace(finding, table=None) for finding in self.findings)
-        return dumps(replace(self, findings=bare))
+        """Return the report as JSON, as `docs/check.schema.json` describes it."""
+        public = {f.name: getattr(self, f.name) for f in fields(self) if f.name[0] != "_"}
+        public["findings"] = [
+            {name: value for name, value in vars(finding).items() if name != "table"}
+            for finding in self.findings
+        ]
+        return dumps({"schema_version": SCHEMA_VERSION} | public)
 
-    def document(self, verbose: bool = False) -> Document:
-        """Return the report as a document: three findings open, or with `verbose` all of them."""
-        return lay_out(self, verbose)
+    def to_text(self, verbose: bool = False) -> str:
+        """Return what `print` shows: three findings open, or with `verbose` all there is."""
+        return text.write(self.document(verbose))
+
+    def to_markdown(self) -> str:
+        """Return the report for a pull request: an overview, and each finding to unfold."""
+        return markdown.write(overview(self))
+
+    def to_github(self, root: Path | None = None) -> str:
+        """Return the findings as annotations of GitHub Actions, one a line.
+
+        Args:
+            root: The folder of the repository; by default the folder now.
+        """
+        return github.write(annotate(self.findings, root or Path.cwd()))
+
+    def to_html(self) -> str:
+        """Return the report as one page that needs no other file and no network.
+
+        It has what `print` shows, every layer and channel, and histograms of what the norms hand
+        on, for which the first batch is run twice more, once by batch and once by running
+        statistics. Where that fails, or the model is another since, the page says so.
+        """
+        return html.write_check(*page_of(self, self._evidence).parts)
+
+    def document(self, verbose: bool = False, *, command_line: bool = False) -> Document:
+        """Return the report as a document: three findings open, or with `verbose` all of them.
+
+        Args:
+            verbose: Whether to open every finding, and to name all that was not checked.
+            command_line: Whether the reader would repair with options instead of with calls.
+        """
+        return lay_out(self, verbose, COMMAND_LINE if command_line else PYTHON)
 
     def __str__(self) -> str:
-        return text.write(self.document())
+        return self.to_text()
+
+    def _repr_html_(self) -> str:
+        return notebook.write(self.document())

@@ -10,19 +10,25 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from stillnorm.calibration.ranks import Group
 from stillnorm.diagnosis.causes import causes_first
+from stillnorm.diagnosis.checkpoint import Target, opened
 from stillnorm.diagnosis.codes import Names, choose
 from stillnorm.diagnosis.evidence import CannotTell, Evidence
 from stillnorm.diagnosis.finding import SEVERITIES, Finding
+from stillnorm.diagnosis.peers import gather
+from stillnorm.diagnosis.gap import explain_gap
 from stillnorm.diagnosis.report import Crash, Data, Layer, NotRun, Report
 from stillnorm.diagnosis.request import Predict, Request, Score, TrainStep
 from stillnorm.diagnosis.runs import run_flows
+from stillnorm.diagnosis.trials import tried
 from stillnorm.diagnosis.verdict import judge
+from stillnorm.errors import CallError
 from stillnorm.tracing import Forward
 
 
 def check(
-    model: nn.Module,
+    model: nn.Module | Target,
     batches: object = None,
     *,
     forward: Forward | None = None,
@@ -34,13 +40,16 @@ def check(
     max_batches: int | None = 8,
     select: Names | None = None,
     ignore: Names | None = None,
+    group: Group = "self",
 ) -> Report:
     """Find what is wrong with a model's norm layers, prove it on your data, say what repairs it.
 
     Only looks: afterwards the model is as it was, also after an exception.
 
     Args:
-        model: The model.
+        model: The model. Or a file, for which the rules run that need no more: a checkpoint
+            (``.safetensors``, ``.pt``, ``.pth``, ``.ckpt``, ``.bin``), of which nothing is unpickled
+            but tensors, an ``.onnx`` graph, or a ``.pt2`` of `torch.export`. Or a state dict.
         batches: A DataLoader, a list of batches or one batch, best of training data and as large
             as in training. Without it the rules that need only the modules run, and the report
             says which did not.
@@ -59,17 +68,26 @@ def check(
         max_batches: How many batches are read; None for all.
         select: Only these rules: codes, beginnings of codes, or slugs.
         ignore: Not these rules.
+        group: A process group, or None for all processes, whose ranks are compared; every one of
+            them has to call `check` then. By default no other process is asked.
 
     Returns:
         The findings, what was not checked and why, and the verdict: freeze, recalibrate or train.
 
     Raises:
-        BatchError: The model cannot be called on a batch; the message has the line to write.
+        BatchError: The model cannot be called on a batch; the message has the line to write. Or
+            batches were given with a file.
+        CallError: `score`, `predict` or `train_step` cannot be called, or raised; or the score is no
+            number.
+        FileFormatError: The file cannot be read.
+        CalibrationError: There is no such group.
         RuleError: `select` or `ignore` names no rule.
 
     Cost:
-        Four forwards per batch, one of which recalibrates, with statistics taken at every norm; no
-        gradient. The norms' statistics are copied.
+        Three forwards per batch with statistics taken at every norm, and a few of the first batch:
+        in all less than eight eval forwards over the batches (benchmarks/check.py). One backward to
+        the norms, of the first batch, where a gap is to be explained. `train_step` and `predict`
+        cost what they cost, once; a score is taken of every fix that needs data.
 
     Example:
         >>> import torch
@@ -81,14 +99,25 @@ def check(
     """
     started = time.perf_counter()
     chosen = choose(select, ignore)
+    file, tree = (None, model) if isinstance(model, nn.Module) else opened(model)
     request = Request(
-        model, batches, forward, score, predict, train_step, optimizer, tuple(restore)
+        tree,
+        batches,
+        forward,
+        score,
+        predict,
+        train_step,
+        optimizer,
+        tuple(restore),
+        file=file,
+        peers=None if file is not None else gather(tree, group),
     )
     runs = None if batches is None else run_flows(request, max_batches)
     evidence = Evidence(request, runs)
     findings: list[Finding] = []
     not_run: list[NotRun] = []
     crashed: list[Crash] = []
+    ran: list[str] = []
     for rule in causes_first(chosen):
         if lacking := request.lacks(rule.needs):
             not_run.append(NotRun(rule.code, lacking))
@@ -97,25 +126,40 @@ def check(
             found = list(rule().find(evidence))
         except CannotTell as reason:
             not_run.append(NotRun(rule.code, str(reason)))
+        except CallError:  # what the user gave does not work: that is for the user to see
+            raise
         except Exception as error:  # one broken rule must not take the others' findings with it
             crashed.append(Crash(rule.code, f"{type(error).__name__}: {error}"))
         else:
+            ran.append(rule.code)
             for finding in found:
                 paths = evidence.from_here(finding.paths) if rule.spreads else finding.paths
                 evidence.causes.add(finding.code, rule.explains, paths)
             findings += found
-    findings = [replace(f, explains=evidence.causes.told_by(f.code)) for f in findings]
+    findings = [
+        replace(
+            finding,
+            fix=finding.fix if file is None else None,
+            explains=evidence.causes.told_by(finding.code),
+            sites=evidence.sites(finding.where, finding.paths),
+        )
+        for finding in findings
+    ]
+    findings = tried(findings, evidence)
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.code))
     not_run.sort(key=lambda missed: missed.code)
     return Report(
-        model=type(model).__name__,
+        model=type(model).__name__ if file is None else file.name,
         layers=tuple(Layer(x.path, x.kind, x.num_features) for x in evidence.layers),
         findings=tuple(findings),
         not_run=tuple(not_run),
         crashed=tuple(crashed),
         head=None if runs is None else runs.head,
+        gap=explain_gap(evidence, findings, ran),
         verdict=judge(evidence, findings),
         data=None if runs is None else Data.describe(runs),
         seconds=time.perf_counter() - started,
+        ran=tuple(sorted(ran)),
+        file="" if file is None else file.title,
         _evidence=evidence,
     )

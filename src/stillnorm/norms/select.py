@@ -61,7 +61,7 @@ def matcher(layers: Layers) -> Callable[[NormLayer], bool]:
     """Return the test that a selector, other than None, puts to each layer."""
     if isinstance(layers, str):
         pattern = layers
-        return lambda norm: any(_globs(path, pattern) for path in norm.paths)
+        return lambda norm: any(globs(path, pattern) for path in norm.paths)
     if isinstance(layers, nn.Module):
         inside = {id(module) for module in layers.modules()}
         return lambda norm: id(norm.module) in inside
@@ -81,10 +81,14 @@ def matcher(layers: Layers) -> Callable[[NormLayer], bool]:
     )
 
 
-def _globs(path: str, pattern: str) -> bool:
+def globs(path: str, pattern: str) -> bool:
     """Tell whether the pattern matches the path or a module above it, component by component.
 
     Each ``module`` at its front may be a wrapper's or the user's own: all readings count.
+
+    Example:
+        >>> globs("layer1.0.bn2", "layer1.*.bn2"), globs("layer1.0.bn2", "layer1"), globs("a", "b")
+        (True, True, False)
     """
     names, globs = path.split("."), without_wrappers(pattern)
     while not (len(globs) <= len(names) and all(map(fnmatchcase, names, globs))):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -67,33 +68,73 @@ def absorb_bias(
         >>> net[0].bias is None
         True
     """
+    found, refused = absorbable_biases(model, example, forward=forward)
+    before = _output(model, example, forward)
+    with Surgery() as surgery:
+        for one in found:
+            mean = one.norm.tensors()["running_mean"]
+            surgery.write(mean, (mean.double() - one.bias.detach().double()).to(mean.dtype))
+            surgery.set_item(one.module._parameters, "bias", None)
+        if found:
+            _must_agree(before, _output(model, example, forward))
+        repaired = tuple((one.path, f"bias into {one.norm.path}") for one in found)
+        return RepairReport(repaired, refused, surgery)
+
+
+@dataclass(frozen=True, eq=False)
+class Absorbable:
+    """A bias that a norm takes away again.
+
+    Args:
+        path: The path of the layer that has it.
+        module: That layer.
+        bias: The bias.
+        norm: The norm after it.
+    """
+
+    path: str
+    module: nn.Module
+    bias: Tensor
+    norm: NormLayer
+
+
+def absorbable_biases(
+    model: nn.Module, example: object, *, forward: Forward | None = None
+) -> tuple[tuple[Absorbable, ...], tuple[tuple[str, str], ...]]:
+    """Find the biases that `absorb_bias` would move, changing nothing.
+
+    Args:
+        model: The model.
+        example: See `absorb_bias`, as of `forward`.
+        forward: ``(model, example) -> output``.
+
+    Returns:
+        The biases; and (path, reason) of those before norms that have to stay.
+
+    Raises:
+        StateError: The model is wrapped for distributed training.
+        BatchError: The example has too few samples for train mode.
+    """
     refuse_wrapped(model)
     norms = find_norms(model)
     ways = [_links(model, norms, example, forward, training) for training in (False, True)]
-    before = _output(model, example, forward)
-    repaired: list[tuple[str, str]] = []
+    found: list[Absorbable] = []
     refused: list[tuple[str, str]] = []
     by_module = {norm.module: norm for norm in norms}
     owners = _owners(model)
-    with Surgery() as surgery:
-        for path, module, _ in {m: (p, m, a) for p, m, a in walk(model)}.values():
-            bias = getattr(module, "bias", None) if is_convolutional(module) else None
-            after = _norms_after(_outputs_of(module, ways[0]), by_module)
-            if bias is None or not after:
-                continue
-            norm = after[0]
-            reasons = (_why_not(module, seen, norm, by_module, owners) for seen in ways)
-            reason = next((reason for reason in reasons if reason is not None), None)
-            if reason is not None:
-                refused.append((path, reason))
-                continue
-            mean = norm.tensors()["running_mean"]
-            surgery.write(mean, (mean.double() - bias.detach().double()).to(mean.dtype))
-            surgery.set_item(module._parameters, "bias", None)
-            repaired.append((path, f"bias into {norm.path}"))
-        if repaired:
-            _must_agree(before, _output(model, example, forward))
-        return RepairReport(tuple(repaired), tuple(refused), surgery)
+    for path, module, _ in {m: (p, m, a) for p, m, a in walk(model)}.values():
+        bias = getattr(module, "bias", None) if is_convolutional(module) else None
+        after = _norms_after(_outputs_of(module, ways[0]), by_module)
+        if bias is None or not after:
+            continue
+        norm = after[0]
+        reasons = (_why_not(module, seen, norm, by_module, owners) for seen in ways)
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if reason is None:
+            found.append(Absorbable(path, module, bias, norm))
+        else:
+            refused.append((path, reason))
+    return tuple(found), tuple(refused)
 
 
 def _norms_after(
@@ -147,7 +188,8 @@ def _why_not(
         return f"its weight or bias is used by {seen.elsewhere[module]} too"
     if "bias" not in module._parameters:
         return "its bias is parametrized"
-    if any(len(output.uses) != 1 or output.is_kept for output in outputs):
+    users = [[use.by for use in output.uses] for output in outputs]
+    if any(found != [norm.module] for found in users) or any(output.is_kept for output in outputs):
         return f"its output is used by somebody else than {norm.path}"
     if any(source not in outputs for source in seen.sources[norm.module]):
         return f"{norm.path} receives something else too"

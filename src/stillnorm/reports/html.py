@@ -1,22 +1,40 @@
 """The HTML writer: one self-contained page, dark and light, readable on a phone, no network.
 
 The page is `templates/page.html` with its styles and script beside it; the shapes of its plots
-are computed in `charts`. What stands between backticks becomes code.
+are computed in `charts`. What stands between backticks becomes code. The page of a check,
+`templates/check.html`, is the same, and draws layers on demand from data that lie in it.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stillnorm.reports import charts
-from stillnorm.reports.document import Block, Document, Heading, Line, Text, plain, spans
+from stillnorm.reports.document import (
+    Block,
+    Diagnostic,
+    Document,
+    Heading,
+    Line,
+    Text,
+    plain,
+    spans,
+)
+from stillnorm.reports.json import to_jsonable
+from stillnorm.reports.numbers import count
 
 if TYPE_CHECKING:
     import jinja2
     import markupsafe
+
+OPEN = 3  # findings of a check shown in full; the rest take a line each
+LINKED = 12  # layers that a finding leads to by name
 
 _NAME = re.compile(r"[\w.*…\[\]]*[a-z][\w.*…\[\]]*[._\d\]][\w.*…\[\]]*")  # bn1, layer1.*.bn2
 
@@ -35,6 +53,41 @@ def write(document: Document) -> str:
         .get_template("page.html")
         .render(title=document.title, sections=_sections(document))
     )
+
+
+def write_check(
+    page: object, diagnostics: tuple[Diagnostic, ...], data: Mapping[str, object]
+) -> str:
+    """Write the page of a check.
+
+    Args:
+        page: What the template reads: a `diagnosis.page.Page`.
+        diagnostics: The findings on it.
+        data: What the script reads.
+
+    Returns: The page's source. The same report gives the same page, byte for byte.
+    """
+    n = Counter(diagnostic.severity for diagnostic in diagnostics)
+    numbers = ((n["error"], "error"), (n["warning"], "warning"), (n["info"], "note"))
+    return (
+        _environment()
+        .get_template("check.html")
+        .render(
+            page=page,
+            data=_embedded(data),
+            summary=", ".join(count(k, noun) for k, noun in numbers if k) or "Nothing found",
+            open=OPEN,
+            linked=LINKED,
+        )
+    )
+
+
+def _embedded(data: object) -> markupsafe.Markup:
+    """Write data as JSON that can stand in a script element, whatever it holds."""
+    from markupsafe import Markup
+
+    text = json.dumps(to_jsonable(data), separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c"))
 
 
 @dataclass

@@ -19,8 +19,10 @@ import shutil
 import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import safetensors.torch
 import torch
@@ -32,6 +34,7 @@ from stillnorm.state.keys import clean_keys
 StrPath = str | os.PathLike[str]
 
 _PICKLED = (".pt", ".pth", ".ckpt", ".bin")
+CHECKPOINTS = (".safetensors", *_PICKLED)
 _NESTED = ("state_dict", "model", "model_state_dict", "ema", "state_dict_ema", "module")
 _DEPTH = 3  # {"state_dict": {"model": {...}}}
 
@@ -58,16 +61,55 @@ def read_state(path: StrPath) -> dict[str, Tensor]:
     Cost:
         Nothing is copied where torch can map the file (safetensors, zip archives).
     """
+    return read_checkpoint(path, stacklevel=3).state
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The state dict that was read from a checkpoint, and what else there was to read.
+
+    Args:
+        state: The tensors by key, without wrapper components.
+        key: Where it was, ``"state_dict"`` or ``"ema.module"``; empty for the file itself.
+        others: Where further state dicts are, which were not read.
+    """
+
+    state: dict[str, Tensor]
+    key: str
+    others: tuple[str, ...]
+
+
+def read_checkpoint(path: StrPath, *, stacklevel: int = 2) -> Checkpoint:
+    """Read the state dict of a checkpoint as `read_state` does, and say which one it was.
+
+    Raises:
+        FileFormatError: As `read_state`.
+
+    Warns:
+        StillnormWarning: As `read_state`.
+    """
     path = Path(path)
-    _must_be_file(path)
+    must_be_file(path)
     suffix = path.suffix.lower()
-    if suffix not in (".safetensors", *_PICKLED):
+    if suffix not in CHECKPOINTS:
         raise FileFormatError(
             f"{path} is not a checkpoint: its name ends in {suffix or 'nothing'}",
             help=f"it should be .safetensors, {', '.join(_PICKLED)}",
         )
-    state = read_tensors(path)[0] if suffix == ".safetensors" else _read_pickled(path)
-    return clean_keys(state)
+    if suffix == ".safetensors":
+        return Checkpoint(clean_keys(read_tensors(path)[0]), "", ())
+    found = list(_state_dicts_in(checkpoint := read_pickled(path, stacklevel=stacklevel + 1)))
+    if not found:
+        keys = ", ".join(map(repr, checkpoint)) if isinstance(checkpoint, Mapping) else ""
+        what = f"its keys are {keys}" if keys else f"it holds a {type(checkpoint).__name__}"
+        raise FileFormatError(
+            f"{path} has no state dict in it: {what[:200]}",
+            help=f"save model.state_dict(), alone or under one of {', '.join(_NESTED)}",
+        )
+    (key, state), *others = found
+    # Tensors beside the state dict (an epoch, a learning rate) are no state dict of their own.
+    rest = (name for name, _ in others if not f"{key}.".startswith(f"{name}." if name else ""))
+    return Checkpoint(clean_keys(state), key, tuple(rest))
 
 
 def read_tensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -77,7 +119,7 @@ def read_tensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
         FileFormatError: It is missing or is not a safetensors file.
     """
     path = Path(path)
-    _must_be_file(path)
+    must_be_file(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -142,7 +184,12 @@ def _sync_folder(folder: Path) -> None:
 _DAMAGED = "it may be damaged or cut short: copy or save it again"
 
 
-def _must_be_file(path: Path) -> None:
+def must_be_file(path: Path) -> None:
+    """Raise unless there is something in the file.
+
+    Raises:
+        FileFormatError: It is missing, a folder or empty.
+    """
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -150,7 +197,7 @@ def _must_be_file(path: Path) -> None:
             f"{path} cannot be read: {error.strerror}", help="check the path"
         ) from error
     if path.is_dir():
-        inside = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", *_PICKLED))
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in CHECKPOINTS)
         raise FileFormatError(
             f"{path} is a folder",
             help=f"name a file in it: {', '.join(inside[:3])}" if inside else "name a file",
@@ -159,47 +206,53 @@ def _must_be_file(path: Path) -> None:
         raise FileFormatError(f"{path} is empty", help=_DAMAGED)
 
 
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    """Read the state dict out of a file of `torch.save`."""
+def read_pickled(path: Path, data: IO[bytes] | None = None, *, stacklevel: int = 2) -> object:
+    """Return what a file of `torch.save` holds, if it is tensors in plain containers.
+
+    Args:
+        path: The file.
+        data: Where its bytes are, if not in the file itself: one member of an archive.
+        stacklevel: Whose line a warning names.
+
+    Raises:
+        FileFormatError: It is damaged, or holds more than that; nothing of it was run.
+    """
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         warnings.warn(
             f"torch {torch.__version__} reads {path} with an unpickler that has a known hole "
             "(CVE-2026-24747)\n  help: read only files you trust, or update torch to 2.10",
             StillnormWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            checkpoint = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            return torch.load(
+                path if data is None else data,
+                map_location="cpu",
+                weights_only=True,
+                mmap=data is None and zipfile.is_zipfile(path),
             )
     except Exception as error:
         raise _unreadable(path, error) from error
-    state = _state_dict_in(checkpoint)
-    if state is None:
-        keys = ", ".join(map(repr, checkpoint)) if isinstance(checkpoint, Mapping) else ""
-        what = f"its keys are {keys}" if keys else f"it holds a {type(checkpoint).__name__}"
-        raise FileFormatError(
-            f"{path} has no state dict in it: {what[:200]}",
-            help=f"save model.state_dict(), alone or under one of {', '.join(_NESTED)}",
-        )
-    return state
 
 
-def _state_dict_in(checkpoint: object, depth: int = _DEPTH) -> dict[str, Tensor] | None:
-    """Return the first state dict found under the known keys, or the mapping itself as one."""
+def _state_dicts_in(
+    checkpoint: object, key: str = "", depth: int = _DEPTH
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the state dicts under the known keys, the mapping itself last, each with its place."""
     if not isinstance(checkpoint, Mapping) or depth == 0:
-        return None
-    for key in _NESTED:
-        if (nested := _state_dict_in(checkpoint.get(key), depth - 1)) is not None:
-            return nested
+        return
+    for name in _NESTED:
+        inside = f"{key}.{name}" if key else name
+        yield from _state_dicts_in(checkpoint.get(name), inside, depth - 1)
     tensors = {
-        key: value.detach()
-        for key, value in checkpoint.items()
-        if isinstance(key, str) and isinstance(value, Tensor)
+        name: value.detach()
+        for name, value in checkpoint.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
     }
-    return tensors or None
+    if tensors:
+        yield key, tensors
 
 
 def _unreadable(path: Path, error: Exception) -> FileFormatError:
@@ -218,8 +271,15 @@ def _unreadable(path: Path, error: Exception) -> FileFormatError:
     fact = f"{path} holds more than tensors ({refused[1]}): unpickling it can run code; not read"
     if "is blocked" in said:
         return FileFormatError(fact, help="no checkpoint needs that: do not load it by other means")
-    whole_module = refused[1].startswith("torch.nn.")
-    line = _conversion(path, "torch.load", ".state_dict()" if whole_module else '["state_dict"]')
+    if _is_whole_model(path):
+        line = _conversion(path, "torch.load", ".state_dict()")
+        return FileFormatError(
+            f"{path} is a pickled model ({refused[1]}), not a state dict: unpickling it can run "
+            "code; not read",
+            help="save model.state_dict() instead; if you trust its source, convert it once: "
+            f"{line}",
+        )
+    line = _conversion(path, "torch.load", '["state_dict"]')
     return FileFormatError(
         fact, help=f"if you trust its source, convert it once, by the key it has: {line}"
     )
@@ -228,8 +288,26 @@ def _unreadable(path: Path, error: Exception) -> FileFormatError:
 def _may_exist(name: str) -> bool:
     """Tell whether a whole file can name this global; one cut short names half a word."""
     module, _, attribute = name.rpartition(".")
-    known = sys.modules.get(module)
+    known = None if module == "__main__" else sys.modules.get(module)  # another program's
     return attribute != "" and (known is None or attribute in vars(known))
+
+
+def _is_whole_model(path: Path) -> bool:
+    """Tell whether what was saved is one `nn.Module`; its pickle is read as text, never run."""
+    with contextlib.ExitStack() as opened:
+        if zipfile.is_zipfile(path):
+            archive = opened.enter_context(zipfile.ZipFile(path))
+            names = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+            begin = opened.enter_context(archive.open(names[0])).read(_BEGIN) if names else b""
+        else:
+            begin = opened.enter_context(open(path, "rb")).read(_BEGIN)
+    return _MODULE.search(begin) is not None and b"_modules" in begin
+
+
+_BEGIN = 4096
+# After its protocol a pickle names the class of the object that it is: the first of a zip archive,
+# the fourth of a file before them, where torch also keeps the source of a module.
+_MODULE = re.compile(rb"\A\x80.c|\.\x80.\(X\x06\x00\x00\x00moduleq\x00c", re.DOTALL)
 
 
 def _conversion(path: Path, load: str, state: str) -> str:

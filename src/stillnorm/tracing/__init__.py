@@ -18,6 +18,11 @@ from stillnorm.tracing.flow import running as running
 from stillnorm.tracing.flow import train_by_input as train_by_input
 from stillnorm.tracing.flow import training_by_input as training_by_input
 from stillnorm.tracing.instrument import Normalization as Normalization
+from stillnorm.tracing.instrument import Stray as Stray
+from stillnorm.tracing.kernels import Kernel as Kernel
+from stillnorm.tracing.lineage import Dropout as Dropout
+from stillnorm.tracing.lineage import Lineage as Lineage
+from stillnorm.tracing.lineage import Received as Received
 from stillnorm.tracing.measures import by_whole_batch as by_whole_batch
 from stillnorm.tracing.memory import device_of as device_of
 from stillnorm.tracing.memory import free_bytes as free_bytes
@@ -27,6 +32,7 @@ from stillnorm.tracing.replay import Tape as Tape
 from stillnorm.tracing.samples import read as read
 from stillnorm.tracing.site import Site as Site
 from stillnorm.tracing.site import calling_site as calling_site
+from stillnorm.tracing.strangers import strangers_kept as strangers_kept
 from stillnorm.tracing.trace import Call as Call
 from stillnorm.tracing.trace import Trace as Trace
 from stillnorm.tracing.trace import trace as trace

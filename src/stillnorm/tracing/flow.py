@@ -26,8 +26,9 @@ from stillnorm.norms import NormLayer, find_norms, probe_modes, walk
 from stillnorm.state import no_updates, preserved
 from stillnorm.tracing.batches import first_line
 from stillnorm.tracing.calling import Forward, call
-from stillnorm.tracing.instrument import Instrument, Normalization
+from stillnorm.tracing.instrument import Instrument, Normalization, Stray
 from stillnorm.tracing.measures import Measure, by_samples
+from stillnorm.tracing.strangers import strangers_kept
 
 Flow = Literal["eval", "batch", "as_is"]
 
@@ -54,6 +55,7 @@ class Run:
         self.norms = norms
         self.batches = 0
         self.seen: list[Normalization] = []
+        self.strays: list[Stray] = []
         self._model = model
         self._by_batch = by_batch
         self._forward = forward
@@ -69,7 +71,7 @@ class Run:
             BatchError: The batch does not fit, or the forward raised. Names batch and layer.
         """
         instrument = Instrument(self.norms, self._by_batch, self._measure)
-        self.seen = instrument.seen
+        self.seen, self.strays = instrument.seen, instrument.strays
         try:
             with instrument.watching():
                 output = call(self._model, batch, self._forward)
@@ -148,7 +150,14 @@ def looking(model: nn.Module) -> Iterator[None]:
         StateError: The model has lazy modules, which a first forward would change.
     """
     _refuse_lazy(model)
-    with preserved(model), no_updates(model), torch.no_grad(), eager(), _alone(model):
+    with (
+        preserved(model),
+        no_updates(model),
+        torch.no_grad(),
+        eager(),
+        _alone(model),
+        strangers_kept(model),
+    ):
         try:
             yield
         finally:

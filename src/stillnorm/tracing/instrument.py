@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from stillnorm.norms import NormalizesBy, NormLayer
@@ -23,7 +24,7 @@ from stillnorm.tracing.batches import tensors_in
 from stillnorm.tracing.kernels import Kernel, kernel_of
 from stillnorm.tracing.mark import Mark
 from stillnorm.tracing.measures import Measure, by_samples
-from stillnorm.tracing.samples import sample_moments
+from stillnorm.tracing.samples import largest_half, sample_moments
 from stillnorm.tracing.site import Site, calling_site
 from stillnorm.tracing.visits import visits
 
@@ -40,6 +41,7 @@ class Normalization:
         used: The statistics that were used.
         moments: The moments of the input, (3, G, C); see `measures`.
         mark: The mark of the output.
+        largest: The largest magnitude in a float16 input, (); None for other dtypes.
     """
 
     layer: NormLayer
@@ -49,6 +51,7 @@ class Normalization:
     used: NormalizesBy
     moments: Tensor
     mark: Mark | None
+    largest: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -59,6 +62,32 @@ class Normalization:
     def values(self) -> int:
         """The number of values in each channel."""
         return self.samples * math.prod(self.shape[2:])
+
+
+@dataclass(frozen=True, eq=False)
+class Stray:
+    """A call that normalises and is made by none of the model's norm layers.
+
+    Args:
+        site: The user's line that called it.
+        within: The modules that were running, from the outermost; the last may be a norm layer that
+            is not registered in the model.
+        layer: The norm layer whose statistics it was given, if any.
+        shape: The input's shape, (N, C, *).
+        used: The statistics that were used.
+    """
+
+    site: Site | None
+    within: tuple[nn.Module, ...]
+    layer: NormLayer | None
+    shape: tuple[int, ...]
+    used: NormalizesBy
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The norm layer that made the call, registered nowhere; None where a function did."""
+        last = self.within[-1] if self.within else None
+        return last if isinstance(last, _NormBase) else None
 
 
 @dataclass(eq=False)
@@ -73,7 +102,7 @@ class _Visit:
 class Instrument(TorchFunctionMode):
     """Records what the norm layers of a model normalise, and by which statistics.
 
-    A call that would update running statistics gets none to update.
+    A call of a layer that would update running statistics gets none to update.
 
     Args:
         layers: The layers to watch.
@@ -90,11 +119,13 @@ class Instrument(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.seen: list[Normalization] = []
+        self.strays: list[Stray] = []
         self.failed: tuple[BaseException | None, NormLayer] | None = None
         self._layers = {layer.module: layer for layer in layers}
         self._by_batch = {layer.module for layer in by_batch}
         self._measure = measure
         self._visits: list[_Visit] = []
+        self._running: list[nn.Module] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -103,10 +134,13 @@ class Instrument(TorchFunctionMode):
             yield
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        self._running.append(module)
         if (layer := self._layers.get(module)) is not None:
             self._visits.append(_Visit(layer, calling_site()))
 
     def _leave(self, module: nn.Module, args: Any, *rest: Any) -> None:
+        if self._running and self._running[-1] is module:
+            self._running.pop()
         if not self._visits or self._visits[-1].layer.module is not module:
             return
         visit = self._visits.pop()
@@ -124,8 +158,11 @@ class Instrument(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        kernel = kernel_of(func, args, kwargs) if self._visits else None
+        kernel = kernel_of(func, args, kwargs)
         if kernel is None:
+            return func(*args, **kwargs)
+        if not self._visits:
+            self._note_stray(kernel)
             return func(*args, **kwargs)
         visit = self._visits[-1]
         visit.normalized = True
@@ -133,6 +170,14 @@ class Instrument(TorchFunctionMode):
         output, moments = self._measure(kernel)
         self._record(visit, kernel.input, kernel.used, moments, output)
         return output
+
+    def _note_stray(self, kernel: Kernel) -> None:
+        """Note a call of no layer."""
+        mean = kernel.arguments.get("running_mean")
+        layers = self._layers.values()
+        owner = next((x for x in layers if mean is not None and x.running_mean is mean), None)
+        shape = tuple(kernel.input.shape)
+        self.strays.append(Stray(calling_site(), tuple(self._running), owner, shape, kernel.used))
 
     def _chosen(self, kernel: Kernel, layer: NormLayer) -> Kernel:
         """Return the call to make in place of `kernel`: one that updates nothing."""
@@ -150,7 +195,9 @@ class Instrument(TorchFunctionMode):
         mark = next((Mark.of(y) for y in tensors_in(output)), None)
         shape = tuple(x.shape)
         self.seen.append(
-            Normalization(visit.layer, visit.site, shape, x.dtype, used, moments, mark)
+            Normalization(
+                visit.layer, visit.site, shape, x.dtype, used, moments, mark, largest_half(x)
+            )
         )
 
 

@@ -25,6 +25,7 @@ from stillnorm.norms import NormLayer
 from stillnorm.tracing.batches import tensors_in
 from stillnorm.tracing.kernels import Kernel, kernel_of
 from stillnorm.tracing.site import Site, calling_site
+from stillnorm.tracing.strangers import strangers_kept
 from stillnorm.tracing.visits import visits
 
 
@@ -112,7 +113,7 @@ def links(
         Who fed whom.
     """
     follow = _Follow(model, norms, on_link)
-    with follow.watching():
+    with strangers_kept(model), follow.watching():
         output = call()
         follow.mark_kept(output)
     return follow.result()

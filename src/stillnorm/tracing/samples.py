@@ -57,6 +57,20 @@ def _sample_moments(x: Tensor) -> Tensor:
     return torch.cat((m, r, var), dim=2).permute(2, 0, 1)
 
 
+def largest_half(x: Tensor) -> Tensor | None:
+    """Return the largest magnitude in a float16 input, NaN where there is one, not waited for.
+
+    None for other dtypes, whose range nothing but a fault reaches, and for no values.
+
+    Cost:
+        One read of x.
+    """
+    if x.dtype != torch.float16 or x.numel() == 0:
+        return None
+    low, high = torch.aminmax(x.detach())
+    return torch.maximum(-low, high)
+
+
 def batch_moments(x: Tensor) -> Tensor:
     """Return m, r and var of each channel over the batch, stacked; as `sample_moments`.
 

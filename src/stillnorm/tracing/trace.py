@@ -15,7 +15,7 @@ from stillnorm.norms import NormalizesBy, NormLayer
 from stillnorm.tracing.batches import each_batch, tensors_in
 from stillnorm.tracing.calling import Forward
 from stillnorm.tracing.flow import Flow, running
-from stillnorm.tracing.instrument import Normalization
+from stillnorm.tracing.instrument import Normalization, Stray
 from stillnorm.tracing.mark import Mark
 from stillnorm.tracing.samples import read
 from stillnorm.tracing.site import Site
@@ -37,6 +37,8 @@ class Call:
         sample_mean: The mean over the positions of each sample, (N, C), float64.
         sample_var: The biased variance over them, (N, C), float64.
         is_output: Whether the layer's output, or an unmodified view of it, is in the model's.
+        largest: The largest magnitude in a float16 input, NaN where there is one; None for other
+            dtypes and for no values.
     """
 
     path: str
@@ -50,6 +52,7 @@ class Call:
     sample_mean: Tensor
     sample_var: Tensor
     is_output: bool
+    largest: float | None = None
 
     @property
     def samples(self) -> int:
@@ -77,6 +80,7 @@ class Trace:
         unreached: The paths of those that were not, in registration order.
         batches: The number of batches.
         seconds: The time it took.
+        strays: Calls in the first batch that normalise and belong to no layer of the model.
     """
 
     calls: tuple[Call, ...]
@@ -84,6 +88,7 @@ class Trace:
     unreached: tuple[str, ...]
     batches: int
     seconds: float
+    strays: tuple[Stray, ...] = ()
 
     def by_layer(self, path: str) -> tuple[Call, ...]:
         """Return the calls of one layer, in order."""
@@ -138,11 +143,14 @@ def trace(
     """
     begun = time.perf_counter()
     calls: list[Call] = []
+    strays: tuple[Stray, ...] = ()
     with running(model, forward=forward, flow=flow) as run:
         _refuse_scripted(run.norms)
         for batch in each_batch(batches):
             index = run.batches
             output, seen = run(batch)
+            if index == 0:
+                strays = tuple(run.strays)
             calls += _calls(seen, output, index)
             if on_output is not None:
                 on_output(output, batch)
@@ -150,7 +158,8 @@ def trace(
         count = run.batches
     reached = frozenset(call.path for call in calls)
     unreached = tuple(path for path in paths if path not in reached)
-    return Trace(tuple(calls), reached, unreached, count, time.perf_counter() - begun)
+    seconds = time.perf_counter() - begun
+    return Trace(tuple(calls), reached, unreached, count, seconds, strays)
 
 
 def _refuse_scripted(norms: Collection[NormLayer]) -> None:
@@ -184,6 +193,7 @@ def _calls(seen: list[Normalization], output: object, batch: int) -> list[Call]:
                 mean,
                 var,
                 one.mark in outputs,
+                None if one.largest is None else float(one.largest),
             )
         )
     return calls

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diagnosis.nets import batches, conv_net, data, estimated, found
 from stillnorm import check
+from support.fingerprint import Fingerprint
 
 
 def test_without_data_it_is_a_warning() -> None:
@@ -62,6 +63,36 @@ def test_a_model_that_insists_on_its_batch_size_leaves_it_a_warning() -> None:
             return self.net(x.reshape(16, 3, 8, 8))
 
     assert check(Fixed(), batches(), select="SN107").findings[0].severity == "warning"
+
+
+class TestFix:
+    def test_without_batches_there_is_none(self) -> None:
+        assert check(conv_net(track_running_stats=False)).findings[0].fix is None
+
+    def test_tracking_leaves_nothing_to_find_and_can_be_undone(self) -> None:
+        net = conv_net(track_running_stats=False)
+        before = Fingerprint(net)
+        report = check(net, batches())
+        assert Fingerprint(net) == before
+        (finding,) = report.findings
+        assert finding.fix is not None
+        assert (finding.fix.action, finding.fix.applicability) == ("track", "unsafe")
+        assert finding.fix.paths == ("1", "4")
+        applied = report.fix(unsafe=True)
+        assert found(check(net, batches())) == {}
+        applied.undo()
+        assert found(check(net, batches())) == {"SN107": ("1", "4")}
+
+    def test_a_layer_that_no_batch_reaches_is_left_out(self) -> None:
+        net = Unused()
+        net.spare = nn.BatchNorm2d(3, track_running_stats=False)
+        report = check(net, batches(), select="SN107")
+        (finding,) = report.findings
+        assert finding.paths == ("norm", "spare")
+        assert finding.fix is not None
+        assert finding.fix.paths == ("norm",)
+        report.fix(unsafe=True)
+        assert found(check(net, batches(), select="SN107")) == {"SN107": ("spare",)}
 
 
 class TestNearMisses:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diagnosis.nets import batches, data, estimated, found
+from diagnosis.nets import batches, conv_net, data, estimated, found
 from stillnorm import check, freeze
 from stillnorm.reports import text
+from support.fingerprint import Fingerprint
 
 
 class Shared(nn.Module):
@@ -82,6 +83,63 @@ def test_the_measured_head_shows_that_recalibration_does_not_help() -> None:
     assert report.head.eval < report.head.batch - 0.2
     assert report.head.recalibrated < report.head.batch - 0.1
     assert report.verdict.choice == "repair"
+
+
+class TestFix:
+    def test_the_split_leaves_nothing_to_find_and_can_be_undone(self) -> None:
+        model = net()
+        before = Fingerprint(model)
+        report = check(model, batches())
+        (finding,) = [f for f in report.findings if f.code == "SN201"]
+        assert Fingerprint(model) == before
+        assert finding.fix is not None
+        assert (finding.fix.action, finding.fix.applicability) == ("split", "unsafe")
+        assert finding.fix.paths == ("bn",)
+        applied = report.fix(unsafe=True)
+        assert found(check(model, batches())) == {}
+        applied.undo()
+        assert found(check(model, batches())) == {"SN201": ("bn",)}
+
+    def test_a_layer_that_is_called_past_its_registration_gets_none(self) -> None:
+        class Past(Shared):
+            def __init__(self) -> None:
+                super().__init__()
+                self.also = [self.bn]
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.also[0](5 + 4 * self.conv(self.bn(x)).relu())
+                return self.head(x.mean((2, 3)))
+
+        model = net(Past)
+        before = Fingerprint(model)
+        (finding,) = check(model, batches(), select="SN201").findings
+        assert finding.fix is None
+        assert Fingerprint(model) == before
+
+    def test_calls_in_several_forwards_get_none(self) -> None:
+        def twice(model: nn.Module, x: Tensor) -> Tensor:
+            return model(x) + model(9 + 3 * x)
+
+        model = estimated(conv_net())
+        (finding,) = check(model, batches(), forward=twice, select="SN201").findings
+        assert finding.fix is None
+
+    def test_of_two_layers_the_one_that_can_be_split(self) -> None:
+        class Both(Shared):
+            def __init__(self) -> None:
+                super().__init__()
+                self.past = nn.BatchNorm2d(3)
+                self.also = [self.past]
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.also[0](9 + 3 * self.conv(self.past(x)).relu())
+                return super().forward(x)
+
+        model = net(Both)
+        (finding,) = check(model, batches(), select="SN201").findings
+        assert set(finding.paths) == {"bn", "past"}
+        assert finding.fix is not None
+        assert finding.fix.paths == ("bn",)
 
 
 class TestNearMisses:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diagnosis.nets import batches, conv_net, data, estimated
 from stillnorm import check
@@ -39,12 +40,30 @@ class TestNearMisses:
 
     def test_inception_in_eval(self) -> None:
         """Its auxiliary head runs in train mode alone."""
-        with torch.device("meta"):
-            net = torchvision.models.inception_v3(init_weights=False, num_classes=4)
         net = torchvision.models.googlenet(init_weights=False, num_classes=4, aux_logits=True)
         report = check(net.eval(), data(2).repeat(1, 1, 8, 8), select="SN114")
         assert unreached(report) == []
         assert report.not_run == ()
+
+
+    def test_a_layer_whose_statistics_a_function_is_given(self) -> None:
+        class Lent(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                bn = self.spare
+                x = F.batch_norm(x[:, [0] * 7], bn.running_mean, bn.running_var, bn.weight)
+                return super().forward(x[:, :3])
+
+        assert unreached(check(Lent(), batches(), select="SN114")) == []
+
+    def test_a_layer_that_only_train_mode_gives_to_a_function(self) -> None:
+        class Lent(Net):
+            def forward(self, x: Tensor) -> Tensor:
+                if self.training:
+                    bn = self.spare
+                    x = F.batch_norm(x[:, [0] * 7], bn.running_mean, bn.running_var)[:, :3]
+                return super().forward(x)
+
+        assert unreached(check(Lent(), batches(), select="SN114")) == []
 
 
 def test_a_model_that_cannot_be_called_in_train_mode_is_said_to_be_undecided() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from stillnorm.diagnosis.acceptance import accepted
 from stillnorm.diagnosis.composition import batch_dependence
 from stillnorm.diagnosis.evidence import Evidence
-from stillnorm.diagnosis.finding import Finding
+from stillnorm.diagnosis.finding import Finding, Fix
 from stillnorm.diagnosis.rule import Rule
+from stillnorm.norms import NormLayer
+from stillnorm.repair import track_statistics
 from stillnorm.reports.numbers import count, short
 
 NOISE = 1e-3  # relative: far above what another batch size does to the rounding of a convolution
@@ -40,8 +43,9 @@ class BatchStatisticsAtEval(Rule):
         ('warning', 'error')
 
     Fix:
-        Advice: `sn.track_statistics(model, batches)` gives the layer statistics from data; or
-        replace it by a norm that does not need a batch (GroupNorm).
+        `sn.track_statistics(model, batches)` gives the layers statistics from data (unsafe: eval
+        outputs change, and the `state_dict` has new keys). Or replace them by a norm that does not
+        need a batch (GroupNorm).
 
     References:
         pytorch/pytorch#37823 and #75252; the PyTorch forum, "Pytorch documentation for Batchnorm".
@@ -72,5 +76,20 @@ class BatchStatisticsAtEval(Rule):
             if moved is not None and proved
             else "",
             help="sn.track_statistics(model, batches), or GroupNorm",
+            fix=_fix(evidence, layers),
             where=evidence.where(*layers),
         )
+
+
+def _fix(evidence: Evidence, layers: list[NormLayer]) -> Fix | None:
+    """Return the tracking of the layers that can track; it is tried, which runs the batches."""
+    model, runs = evidence.model, evidence.runs
+    if runs is None:
+        return None
+    modules = [layer.module for layer in layers]
+    paths = accepted(
+        model,
+        layers,
+        lambda: track_statistics(model, iter(runs.batches), modules, forward=runs.forward),
+    )
+    return Fix("track statistics", "unsafe", "track", paths) if paths else None

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.measure import ENOUGH_SAMPLES, Distance
+from stillnorm.diagnosis.residue import is_confirmed, residue
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Table
@@ -43,6 +44,8 @@ class MismatchedStatistics(Rule):
         images on and accuses no other layer; the eval flow alone misses up to half of the doubled
         variances, and accuses 5.7 other layers per model with a halved one.
 
+        Where too few updates are the cause, SN115 names it in place of this rule; see there.
+
     Why it matters:
         This is the usual form of "train mode is fine, eval is not": statistics that are stale, of
         other preprocessing, of another domain, from before pruning, or from too few updates.
@@ -78,6 +81,7 @@ class MismatchedStatistics(Rule):
     slug = "mismatched-statistics"
     severity = "error"
     needs = ("forward",)
+    explains = ("SN104",)  # a variance that collapsed beside data that vary
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding for layers that are free, one for layers that are frozen."""
@@ -114,7 +118,9 @@ class MismatchedStatistics(Rule):
             f"{whose} are not those of the data",
             severity="error" if enough else "info",
             evidence=_numbers(evidence, layers),
-            note="" if enough else f"{samples} samples; from {ENOUGH_SAMPLES} on this is an error",
+            note=_cause(evidence, layers)
+            if enough
+            else f"{samples} samples; from {ENOUGH_SAMPLES} on this is an error",
             also=count(len(paths) - SHOWN, "more layer") if len(paths) > SHOWN else "",
             table=_table(evidence, layers),
             help="sn.recalibrate(model, batches) on training data; where the model's first layer "
@@ -137,6 +143,15 @@ def _numbers(evidence: Evidence, layers: Sequence[Seen]) -> dict[str, object]:
             for layer, seen in layers
         },
     }
+
+
+def _cause(evidence: Evidence, layers: Sequence[Seen]) -> str:
+    """Name too few updates where they are the cause and SN115, which says it, does not run."""
+    for layer, _ in layers:
+        left = residue(evidence, layer)
+        if left is not None and is_confirmed(evidence, layer, left):
+            return str(left)
+    return ""
 
 
 def _repaired(evidence: Evidence, layer: NormLayer) -> float | None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.rule import Rule
+from stillnorm.diagnosis.stored import values
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Table
 
@@ -48,11 +47,12 @@ class NonFiniteStatistics(Rule):
     slug = "non-finite-statistics"
     severity = "error"
     needs = ("state",)
-    explains = ("SN105",)
+    explains = ("SN103", "SN104", "SN105", "SN111")
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding that names every such layer."""
-        poisoned = {layer: bad for layer in evidence.layers if (bad := _bad_channels(layer))}
+        found = {layer: bad for layer in evidence.layers if (bad := _bad_channels(evidence, layer))}
+        poisoned = {layer: found[layer] for layer in self.unexplained(evidence, found)}
         if not poisoned:
             return
         paths = tuple(layer.path for layer in poisoned)
@@ -80,9 +80,9 @@ class NonFiniteStatistics(Rule):
         )
 
 
-def _bad_channels(layer: NormLayer) -> list[int]:
-    mean, var = layer.running_mean, layer.running_var
-    if mean is None or var is None or layer.is_lazy or mean.is_meta or var.is_meta:
+def _bad_channels(evidence: Evidence, layer: NormLayer) -> list[int]:
+    mean, var = map(values, evidence.statistics[layer.path])
+    if mean is None or var is None:
         return []
-    finite = torch.isfinite(mean) & torch.isfinite(var)
+    finite = mean.isfinite() & var.isfinite()
     return (~finite).nonzero().flatten().tolist()

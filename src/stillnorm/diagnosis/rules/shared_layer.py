@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
+from stillnorm.diagnosis.acceptance import accepted
 from stillnorm.diagnosis.evidence import Evidence
-from stillnorm.diagnosis.finding import Finding, source_lines
+from stillnorm.diagnosis.finding import Finding, Fix, source_lines
 from stillnorm.diagnosis.measure import Distance, Samples, between, samples_of
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
+from stillnorm.repair import split_shared
 from stillnorm.reports.document import Table
 from stillnorm.reports.numbers import count, number
 
@@ -49,9 +51,9 @@ class SharedLayer(Rule):
         'shared-layer'
 
     Fix:
-        Advice: `sn.split_shared(model, batches)` does it without a change to the code. Or write one
-        norm per call, in an `nn.ModuleList` where there are many (a plain list hides them from
-        `eval()` and `state_dict`).
+        `sn.split_shared(model, batches)` gives each call statistics of its own without a change to
+        the code (unsafe: new keys in the `state_dict`, statistics from the batches). Or write one
+        norm per call, in an `nn.ModuleList` where there are many.
 
     References:
         The PyTorch forum, "What does model.eval() do for batchnorm layer?" (76 % against 10 %);
@@ -85,6 +87,7 @@ class SharedLayer(Rule):
             table=_table(first),
             help="sn.split_shared(model, batches), or write one norm per call; recalibration alone "
             "cannot repair it: there is only one set of statistics to estimate",
+            fix=_fix(evidence, [seen.layer for seen in shared]),
             where=evidence.where(first.layer),
         )
 
@@ -108,6 +111,18 @@ def _sites(evidence: Evidence, layer: NormLayer) -> _Shared | None:
     if not far:
         return None
     return _Shared(layer, tuple(sites), max(far, key=lambda pair: pair.mean + pair.variance))
+
+
+def _fix(evidence: Evidence, layers: list[NormLayer]) -> Fix | None:
+    """Return the split of the layers that can be split; it is tried, which runs the batches."""
+    model, runs = evidence.model, evidence.measured
+    modules = [layer.module for layer in layers]
+    paths = accepted(
+        model,
+        layers,
+        lambda: split_shared(model, iter(runs.batches), modules, forward=runs.forward),
+    )
+    return Fix("give each call a norm of its own", "unsafe", "split", paths) if paths else None
 
 
 def _words(n: int) -> str:

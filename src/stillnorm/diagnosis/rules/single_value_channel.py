@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sized
 
-from torch.utils.data import RandomSampler
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding
@@ -18,8 +20,8 @@ class SingleValueChannel(Rule):
 
     What it finds:
         A layer that normalises by the batch in train mode and receives one or two values per
-        channel, at the batch size given; or, with a shuffling DataLoader, in the last and smaller
-        batch of every epoch.
+        channel, at the batch size given; or, with a DataLoader that draws at random and does not
+        drop it, in the last and smaller batch of every epoch, read or not.
 
     Why it matters:
         With one value torch raises "Expected more than 1 value per channel when training", hours
@@ -27,8 +29,9 @@ class SingleValueChannel(Rule):
         weight: the magnitude is lost.
 
     When it is fine:
-        In eval mode, so a DataLoader that does not shuffle (validation) is not asked for its last
-        batch. Not reported: frozen layers; single images whose maps hold many positions.
+        In eval mode, so the last batch of a DataLoader that does not shuffle (validation) does not
+        count. Not reported: frozen layers; single images whose maps hold many positions;
+        SyncBatchNorm with enough values on all ranks together.
 
     Example:
         >>> import torch
@@ -54,22 +57,23 @@ class SingleValueChannel(Rule):
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield a finding for the batches given, or else one for the last batch of the epoch."""
-        values = {
-            layer: min(call.values for call in calls)
+        runs = evidence.measured
+        sizes = runs.batch_sizes
+        # What a loader leaves over counts where it is trained on; see `_left_over`.
+        whole = 0 if runs.loader is None else max(sizes)
+        fewest = {
+            layer: min(calls, key=lambda call: call.values)
             for layer in evidence.layers
-            if evidence.trains_by_batch(layer) and (calls := evidence.calls(layer))
+            if evidence.trains_by_batch(layer)
+            and (calls := [c for c in evidence.calls(layer) if sizes[c.batch] >= whole])
         }
-        few = {layer: n for layer, n in values.items() if 1 <= n <= 2}
-        if few:
-            yield self._finding(evidence, few, f"in batches of {evidence.measured.batch_sizes[0]}")
-            return
-        left = _left_over(evidence)
-        if left:
-            last = {
-                layer: n // max(evidence.measured.batch_sizes) * left for layer, n in values.items()
-            }
-            few = {layer: n for layer, n in last.items() if 1 <= n <= 2}
-            if few:
+        values = {layer: call.values * _ranks(layer) for layer, call in fewest.items()}
+        if few := _few(values):
+            size = min(sizes[fewest[layer].batch] for layer in few)
+            yield self._finding(evidence, few, f"in batches of {size}")
+        elif left := _left_over(evidence):
+            last = {x: n * left // max(1, sizes[fewest[x].batch]) for x, n in values.items()}
+            if few := _few(last):
                 yield self._finding(
                     evidence, few, f"in the last batch of every epoch, which has {left}"
                 )
@@ -90,8 +94,27 @@ class SingleValueChannel(Rule):
 def _left_over(evidence: Evidence) -> int:
     """Return how many samples the last batch of a shuffling DataLoader has; 0 for a full one."""
     loader = evidence.measured.loader
-    if loader is None or loader.drop_last or not loader.batch_size:
+    batches = None if loader is None else loader.batch_sampler
+    if not isinstance(batches, BatchSampler) or batches.drop_last:
         return 0
-    if not isinstance(loader.sampler, RandomSampler) or not isinstance(loader.sampler, Sized):
+    sampler = batches.sampler
+    shuffles = isinstance(sampler, _RANDOM) or getattr(sampler, "shuffle", False)
+    if not shuffles or not isinstance(sampler, Sized):
         return 0
-    return len(loader.sampler) % loader.batch_size
+    return len(sampler) % batches.batch_size
+
+
+# A DistributedSampler says itself whether it shuffles; its length is that of its rank.
+_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+def _few(values: dict[NormLayer, int]) -> dict[NormLayer, int]:
+    return {layer: n for layer, n in values.items() if 1 <= n <= 2}
+
+
+def _ranks(layer: NormLayer) -> int:
+    """Return over how many ranks a layer takes its statistics."""
+    group = torch.distributed
+    if not isinstance(layer.module, nn.SyncBatchNorm) or not group.is_available():
+        return 1
+    return group.get_world_size(layer.module.process_group) if group.is_initialized() else 1

@@ -10,7 +10,7 @@ from stillnorm.diagnosis.rule import Rule
 from stillnorm.diagnosis.runs import Runs
 from stillnorm.reports.numbers import count
 from stillnorm.state import preserved
-from stillnorm.tracing import trace
+from stillnorm.tracing import Trace, trace
 
 
 class UnreachedLayer(Rule):
@@ -25,7 +25,8 @@ class UnreachedLayer(Rule):
 
     When it is fine:
         Heads for other tasks, parts that only some inputs take. Not reported: branches of train
-        mode only, such as Inception's auxiliary head. Where the model cannot be called in train
+        mode only, such as Inception's auxiliary head; layers whose statistics a function is given,
+        `F.batch_norm(x, bn.running_mean, ...)`. Where the model cannot be called in train
         mode with these batches, nobody can tell, and the report says so.
 
     Example:
@@ -58,8 +59,10 @@ class UnreachedLayer(Rule):
         """Yield one finding that names every such layer."""
         runs = evidence.measured
         missed = set(runs.traces["eval"].unreached) & set(runs.traces["batch"].unreached)
+        missed -= _used_by_functions(runs.traces["eval"])
         if missed:
-            missed &= _unreached_in_train(evidence, runs)
+            in_train = _in_train(evidence, runs)
+            missed &= set(in_train.unreached) - _used_by_functions(in_train)
         paths = tuple(layer.path for layer in evidence.layers if layer.path in missed)
         if paths:
             verb = "is" if len(paths) == 1 else "are"
@@ -70,13 +73,17 @@ class UnreachedLayer(Rule):
             )
 
 
-def _unreached_in_train(evidence: Evidence, runs: Runs) -> set[str]:
-    """Run one batch in train mode and return the layers that it did not reach either."""
+def _used_by_functions(seen: Trace) -> set[str]:
+    """Return the layers that are not called while their statistics are used."""
+    return {stray.layer.path for stray in seen.strays if stray.layer is not None}
+
+
+def _in_train(evidence: Evidence, runs: Runs) -> Trace:
+    """Run one batch in train mode."""
     model = evidence.model
     with preserved(model):
         model.train()
         try:
-            seen = trace(model, iter(runs.batches[:1]), forward=runs.forward, flow="as_is")
+            return trace(model, iter(runs.batches[:1]), forward=runs.forward, flow="as_is")
         except Exception as error:
             raise CannotTell(f"the model cannot be called in train mode: {error}") from error
-    return set(seen.unreached)

@@ -1,14 +1,27 @@
-// Copy buttons on code, where the browser can copy; the page is whole without them.
+// Copy buttons on code.
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch { // a frame in a notebook may not, and some pages have no clipboard
+    const area = document.body.appendChild(document.createElement("textarea"));
+    area.value = text;
+    area.select();
+    const copied = document.execCommand("copy");
+    area.remove();
+    return copied;
+  }
+}
 for (const code of document.querySelectorAll("pre code, dd code")) {
   const text = code.textContent;
-  if (!navigator.clipboard || (code.closest("dd") && !text.includes("("))) continue;
+  if (code.closest("dd") && !text.includes("(")) continue;
   const button = document.createElement("button");
   button.type = "button";
   button.textContent = "copy";
   button.setAttribute("aria-label", "copy " + text.split("\n")[0]);
   button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(text);
-    button.textContent = "copied";
+    button.textContent = (await copy(text)) ? "copied" : "cannot copy here";
+    button.focus();
     setTimeout(() => (button.textContent = "copy"), 1500);
   });
   (code.closest("pre") || code).after(button);

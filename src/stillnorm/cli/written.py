@@ -1,0 +1,60 @@
+"""The report of `check` in the form that was asked for: on stdout, and in files."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stillnorm.cli.options import as_text
+
+if TYPE_CHECKING:
+    from stillnorm.diagnosis import Report
+
+FORMATS = ("text", "json", "markdown", "github", "html")
+_ENDINGS = {".html": "html", ".htm": "html", ".json": "json", ".md": "markdown", ".txt": "text"}
+
+
+def form_of(file: Path, format: str) -> str:
+    """Return the form of a file: what its ending says, or else `--format`."""
+    return _ENDINGS.get(file.suffix.lower(), format)
+
+
+def write_report(report: Report, *, format: str, files: Sequence[Path], verbose: bool) -> None:
+    """Write the report into files and on stdout; what a file has taken, stdout shows as text.
+
+    Args:
+        report: The report.
+        format: The form on stdout.
+        files: Where else to write it.
+        verbose: Whether its text opens every finding.
+    """
+    from stillnorm.state.files import write_whole
+
+    forms = [form_of(file, format) for file in files]
+    for file, form in zip(files, forms, strict=True):
+        write_whole(file, (_written(report, form, verbose) + "\n").encode())
+    shown = "text" if format in forms else format
+    terminal = shown == "text" and sys.stdout.isatty()
+    if said := _written(report, shown, verbose, terminal=terminal):
+        click.echo(said)
+
+
+def _written(report: Report, form: str, verbose: bool, *, terminal: bool = False) -> str:
+    match form:
+        case "json":
+            return report.to_json()
+        case "markdown":
+            return report.to_markdown()
+        case "github":
+            workspace = os.environ.get("GITHUB_WORKSPACE")
+            return report.to_github(Path(workspace) if workspace else None)
+        case "html":
+            return report.to_html()
+        case _:
+            document = report.document(verbose=verbose, command_line=True)
+            return as_text(document, terminal=terminal)

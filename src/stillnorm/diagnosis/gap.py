@@ -1,0 +1,108 @@
+"""Why eval and batch statistics disagree: the causes that the evidence supports, and those not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence, Set
+from dataclasses import dataclass
+
+from stillnorm.diagnosis.attribution import Attribution, attribute
+from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.finding import Finding
+
+# What each cause is found by. A rule of the first group that finds something supports the cause.
+DOMAIN = "another domain"
+_FOUND_BY = {
+    "stale statistics": ("SN002", "SN004", "SN101", "SN102", "SN105", "SN110", "SN115", "SN602"),
+    "shared layers": ("SN201",),
+    "input scale": ("SN106",),
+    DOMAIN: ("SN308",),
+    "small batches": ("SN206", "SN207"),
+    "leak between batch mates": ("SN310",),
+}
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One possible cause of the gap.
+
+    Args:
+        name: In words.
+        supported: Whether the evidence supports it; None where nothing was run that could tell.
+        why: The rules that found it, or the fact that speaks against it.
+    """
+
+    name: str
+    supported: bool | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The gap between eval and batch statistics.
+
+    Args:
+        attribution: Which layers make it.
+        causes: What the evidence says of each possible cause.
+    """
+
+    attribution: Attribution
+    causes: tuple[Cause, ...]
+
+    def sizes(self) -> str:
+        """Say how wide the gap is, and what makes and closes it."""
+        seen = self.attribution
+        parts = [f"eval and batch outputs differ by {_percent(seen.gap)} of their size"]
+        worst = next((one for one in seen.layers if one.exact), None)
+        if worst is not None:
+            name = worst.path or "the one layer"
+            parts.append(f"{name} alone makes {_percent(worst.share)} of that")
+        if seen.recalibration is not None:
+            parts.append(f"recalibrating closes {_percent(seen.recalibration)}")
+        return "; ".join(parts)
+
+    def verdict(self) -> str:
+        """Say which causes are supported, which are not, and which nothing has tested."""
+        named: dict[bool | None, list[str]] = {True: [], False: [], None: []}
+        for cause in self.causes:
+            shown = f"{cause.name} ({cause.why})" if cause.supported else cause.name
+            named[cause.supported].append(shown)
+        labels = {True: "causes", False: "not", None: "not tested"}
+        return "; ".join(f"{labels[k]}: {', '.join(v)}" for k, v in named.items() if v)
+
+
+def explain_gap(
+    evidence: Evidence, findings: Sequence[Finding], ran: Collection[str]
+) -> Gap | None:
+    """Attribute the gap to layers and weigh its causes; None where there is none to speak of."""
+    codes = {finding.code for finding in findings if finding.severity != "info"}
+    if evidence.runs is None or not _is_wide(evidence, codes):
+        return None
+    attribution = attribute(evidence)
+    if attribution is None:
+        return None
+    return Gap(attribution, tuple(_weigh(name, evidence, codes, ran) for name in _FOUND_BY))
+
+
+def _is_wide(evidence: Evidence, codes: Set[str]) -> bool:
+    """Tell whether a layer is off, a cause was found, or the user's score differs."""
+    if codes & {code for by in _FOUND_BY.values() for code in by}:
+        return True
+    head = evidence.measured.head
+    if head is not None and head.matters(abs(head.batch - head.eval)):
+        return True
+    return any(evidence.mismatched(layer) for layer in evidence.layers)
+
+
+def _weigh(name: str, evidence: Evidence, codes: Set[str], ran: Collection[str]) -> Cause:
+    by = _FOUND_BY[name]
+    if found := [code for code in by if code in codes]:
+        return Cause(name, True, ", ".join(found))
+    if name == DOMAIN:
+        first = evidence.in_order(evidence.layers)[0]
+        if not evidence.mismatched(first):
+            return Cause(name, False, f"{first.path or 'the layer'} fits its input")
+    return Cause(name, False if set(by) & set(ran) else None, "")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
