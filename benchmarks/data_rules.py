@@ -25,7 +25,7 @@ from stillnorm import check
 from stillnorm.norms import find_norms
 from support.zoo import images, make
 
-CODES = ("SN106", "SN110", "SN308", "SN309")
+CODES = ("SN105", "SN106", "SN110", "SN308", "SN309")
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
@@ -122,18 +122,18 @@ CASES = {
 
 
 def main(seeds: int) -> None:
-    print(f"of {seeds}, found by{'':18}{''.join(f'{code:>7}' for code in ('SN105', *CODES))}")
-    for net, (build, draw) in NETS.items():
-        for case, (spoil, batches) in CASES.items():
+    print(f"found in networks, of{'':19}{''.join(f'{code:>7}' for code in CODES)}")
+    for case, (spoil, batches) in CASES.items():
+        for net, (build, draw) in NETS.items():
             found: Counter[str] = Counter()
             for seed in range(seeds):
                 model = estimated(build(seed), draw(64, 1000 + seed)).eval()
                 if spoil is not None:
                     spoil(model, seed)
-                report = check(model, batches(draw(128, seed), seed), select=("SN105", *CODES))
+                report = check(model, batches(draw(128, seed), seed), select=CODES)
                 found.update({f.code for f in report.findings})
-            cells = "".join(f"{found[code]:>7}" for code in ("SN105", *CODES))
-            print(f"{net:>12} {case:>15}{cells}", flush=True)
+            cells = "".join(f"{found[code]:>7}" for code in CODES)
+            print(f"{case:>15} {net:>12} {seeds:>10}{cells}", flush=True)
 
 
 if __name__ == "__main__":

@@ -42,13 +42,15 @@ class Situation:
     train_set: Labelled
     test_set: Labelled
     size: int
-    is_sorted: bool = False
+    is_pure: bool = False
 
     def steps(self, n: int, seed: int) -> list[Tensor]:
-        if not self.is_sorted:
+        if not self.is_pure:
             return self.train_set.shuffled(self.size, n, seed)
-        by_class = list(torch.argsort(self.train_set.y, stable=True).split(self.size))
-        return (by_class * (n // len(by_class) + 1))[:n]
+        of_class = [torch.nonzero(self.train_set.y == k).flatten() for k in range(10)]
+        batches = [batch for indices in of_class for batch in indices.split(self.size)]
+        g = torch.Generator().manual_seed(seed)
+        return [batches[i] for i in torch.randint(len(batches), (n,), generator=g)]
 
 
 def trained(seed: int, size: int = 64, steps: int = 300, momentum: float = 0.1) -> nn.Module:
@@ -102,7 +104,7 @@ def situations(seed: int) -> dict[str, Situation]:
         "trained, batches of 64": Situation(trained(seed), *data, 64),
         "trained, batches of 8": Situation(trained(seed), *data, 8),
         "trained, batches of 2": Situation(trained(seed), *data, 2),
-        "trained, batches of one class": Situation(trained(seed), *data, 16, is_sorted=True),
+        "trained, batches of one class": Situation(trained(seed), *data, 16, is_pure=True),
         "momentum 0.001, batches of 64": Situation(trained(seed, momentum=0.001), *data, 64),
         "momentum 0.001, batches of 2": Situation(trained(seed, momentum=0.001), *data, 2),
         "another domain, batches of 64": Situation(trained(seed), *other, 64),
@@ -127,7 +129,8 @@ def outcome(way: str, here: Situation, seed: int) -> float:
 
 def tuned(net: nn.Module, here: Situation, rate: float, seed: int) -> float:
     optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=0.9)
-    train(net, here.train_set, here.steps(SAMPLES // here.size, seed + 1), optimizer)
+    steps = here.steps(SAMPLES // here.size, seed + 1)
+    train(net, here.train_set, [step for step in steps if len(step) > 1], optimizer)
     return measured_accuracy(net.eval(), here.test_set, 64)
 
 

@@ -443,3 +443,11 @@ def test_the_report_says_what_a_tolerance_would_take_and_that_one_batch_tells_no
     assert f"0.0010 would take about {needed} batches" in str(report)
     assert "would take" not in str(recalibrate(conv_net(), batches()))
     assert "one batch alone" in str(recalibrate(conv_net(), batches()[0]))
+
+
+@pytest.mark.parametrize("counted", [-(2**62), 2**62])
+def test_a_count_that_is_unwritten_memory_begins_anew(counted: int) -> None:
+    net = nn.Sequential(nn.BatchNorm1d(4))
+    net[0].num_batches_tracked.fill_(counted)
+    recalibrate(net, [torch.randn(8, 4), torch.randn(8, 4)])
+    assert int(net[0].num_batches_tracked) == 2

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from markdown_it import MarkdownIt
 
 from stillnorm.diagnosis import CODES
+
+PAGE = Path(__file__).parents[2] / "docs" / "rules.md"
 
 
 def test_explain_lists_every_rule(run):
@@ -35,3 +40,22 @@ def test_explain_of_nothing_known(fails):
     fact, help = fails("explain", "shared-layr")
     assert fact == "no rule is called 'shared-layr'"
     assert "shared-layer" in help
+
+
+def test_the_page_of_rules_is_current(run):
+    told = "stillnorm explain --markdown > docs/rules.md"
+    assert run("explain", "--markdown").stdout == PAGE.read_text(), told
+
+
+def test_the_page_has_every_rule_and_its_links_lead_there():
+    page = PAGE.read_text()
+    rendered = MarkdownIt("commonmark").enable("table").render(page)
+    for code, rule in CODES.items():
+        assert f"<h2>{code} {rule.slug}</h2>" in rendered
+        assert f'<a href="#{code.lower()}-{rule.slug}">{code}</a>' in rendered
+
+
+def test_one_rule_as_a_page(run):
+    page = run("explain", "SN201", "--markdown").stdout
+    assert "## SN201 shared-layer" in page
+    assert "SN202" not in page

@@ -223,7 +223,7 @@ def gan_step(model: Both) -> tuple[TrainStep, list[torch.optim.Optimizer]]:
 
 
 def uncoupled() -> list[Any]:
-    """Steps that take gradients of inputs or with a graph, and no sample's through batch statistics."""
+    """Steps that take unusual gradients, but no sample's through batch statistics."""
 
     def meta(model: nn.Module, x: Tensor) -> None:
         """MAML: gradients of weights, and of weights that a step has made."""

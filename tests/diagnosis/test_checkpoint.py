@@ -53,6 +53,12 @@ def test_rules_that_need_a_model_say_so() -> None:
     report = sn.check(conv_net().state_dict(), select="ALL")
     needy = {code for code, r in CODES.items() if not {"state", "checkpoint"}.issuperset(r.needs)}
     assert {m.code for m in report.not_run if m.reason == "needs a model"} == needy
+    unknown = {m.code: m.reason for m in report.not_run if m.reason.endswith("not in the file")}
+    assert unknown == {
+        "SN104": "eps is not in the file",
+        "SN111": "eps is not in the file",
+        "SN115": "momentum is not in the file",
+    }
     assert not report.crashed
 
 

@@ -72,7 +72,7 @@ def test_safe_ones_alone_by_default() -> None:
 def test_unsafe_ones_too_when_asked_and_then_nothing_is_left() -> None:
     net = ill()
     applied = check(net, batches()).fix(unsafe=True)
-    assert [code for code, _ in applied.fixes] == ["SN105", "SN003", "SN108"]
+    assert [code for code, _ in applied.fixes] == ["SN105", "SN003", "SN108", "SN204"]
     assert found(check(net, batches())) == {}
 
 
@@ -144,7 +144,9 @@ def test_a_layer_that_is_gone_is_an_error_and_nothing_changes() -> None:
 
 
 def test_no_fix_is_nothing_done() -> None:
-    net = estimated(conv_net())
+    net = conv_net()
+    net[0].bias = net[3].bias = None
+    estimated(net)
     before = State(net)
     applied = check(net, batches()).fix(unsafe=True)
     applied.undo()

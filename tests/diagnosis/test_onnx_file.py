@@ -209,6 +209,8 @@ def test_the_rules_on_state_run(tmp_path: Path) -> None:
     report = sn.check(save(tmp_path / "a.onnx", graph([norm("bn")], bad)))
     assert [(f.code, f.paths) for f in report.findings] == [("SN102", ("bn",))]
     assert str(report).startswith("a.onnx: ONNX graph, 1 norm layer, ")
+    assert {"SN104", "SN111"} <= set(report.ran)  # a graph says eps, but no momentum
+    assert "SN115" not in report.ran
 
 
 def test_inspect_shows_what_the_graph_uses(tmp_path: Path) -> None:

@@ -66,9 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, net: Net) -> Path:
 
 
 def named(path: Path) -> dict[str, Any]:
-    """What the norm layers use; weight standardisation is none of them."""
-    own = ("bn", "low", "inside.0", "untracked")
-    return {norm.path: norm.uses for norm in read_target(path).norms if norm.path in own}
+    return {norm.path: norm.uses for norm in read_target(path).norms}
 
 
 EVAL = {"bn": "running", "low": "running", "inside.0": "running", "untracked": "batch"}
@@ -82,9 +80,12 @@ def test_what_each_norm_uses(folder: Path, mode: str, core: str, expected: dict[
 
 
 @pytest.mark.parametrize("file", ["train.pt2", "train_core.pt2", "eval.pt2", "eval_core.pt2"])
-def test_weight_standardisation_and_instance_norm_are_not_accused(folder: Path, file: str) -> None:
-    mixing = {n.path for n in read_target(folder / file).norms if n.uses == "batch"}
-    assert mixing <= {"bn", "low", "untracked"}
+def test_what_keeps_no_statistics_and_mixes_nothing_is_no_norm_layer(
+    folder: Path, file: str
+) -> None:
+    norms = read_target(folder / file).norms
+    assert {n.path for n in norms} == {"bn", "low", "inside.0", "untracked"}
+    assert {n.path for n in norms if n.uses == "batch"} <= {"bn", "low", "untracked"}
 
 
 def test_tensors_and_settings_are_those_of_the_model(folder: Path, net: Net) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -420,6 +422,14 @@ def test_what_a_lr_of_zero_and_no_gradient_do_not_train() -> None:
     assert step.trained == frozenset([*net[0].parameters(), *net[4].parameters()])
 
 
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0.0)])
+def test_a_learning_rate_of_zero_trains_nothing(zero: Any) -> None:
+    net = net_()
+    groups = [{"params": net[:3].parameters(), "lr": zero}, {"params": net[3:].parameters()}]
+    step = seen(net, steps.plain(torch.optim.AdamW(groups, lr=0.1)))
+    assert step.trained == frozenset(net[3:].parameters())
+
+
 @pytest.mark.parametrize("quietly", [sn.no_updates, sn.eval_mode])
 def test_what_is_taken_back_has_not_moved(quietly: Any) -> None:
     net = net_()
@@ -566,3 +576,53 @@ def test_no_graph_outlives_the_step() -> None:
     seen(net, train_step)
     gc.collect()
     assert alive[0]() is None
+
+
+def test_a_graph_that_is_kept_no_longer_tells() -> None:
+    kept: list[Tensor] = []
+    net = net_()
+    step = seen(net, lambda model, x: kept.append(steps.loss_of(model(x))))
+    kept[0].backward()
+    assert [call.backwards for call in step.calls] == [[], []]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_in_another_thread(reentrant: bool) -> None:
+    """As autograd's own threads run it for other devices: no mode hears what happens there."""
+    net = net_()
+    optimizer = steps.sgd(net)
+
+    def train_step(model: nn.Module, x: Tensor) -> None:
+        optimizer.zero_grad()
+        loss = steps.loss_of(checkpoint(model, x.requires_grad_(), use_reentrant=reentrant))
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+        optimizer.step()
+
+    step = seen(net, train_step)
+    assert [(call.in_backward, call.used, call.moved) for call in step.calls] == [
+        (False, "batch", True),
+        (False, "batch", True),
+        (True, "batch", True),
+        (True, "batch", True),
+    ]
+    assert [call.gradient for call in step.calls[:2]] == ["used"] * 2
+    assert [call.is_recomputed for call in step.calls[:2]] == [True] * 2
+
+
+def test_a_layer_is_believed_by_what_it_does_and_not_by_its_flag() -> None:
+    class Always(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            statistics = self.running_mean, self.running_var
+            return F.batch_norm(2 * x, *statistics, self.weight, self.bias, training=True)
+
+    net = net_().eval()
+    net[1] = Always(8).eval()
+    step = seen(net, steps.plain(steps.sgd(net)))
+    assert [(call.used, call.training) for call in step.calls] == [
+        ("batch", False),
+        ("running", False),
+    ]
+    seen_by_kernel = 2 * net[0](data(16)).double().mean((0, 2, 3))
+    torch.testing.assert_close(step.calls[0].moments[0], seen_by_kernel, rtol=1e-5, atol=1e-5)

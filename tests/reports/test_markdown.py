@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from html.parser import HTMLParser
-
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from reports.samples import CHECK
+from reports.shown import Shown
 from stillnorm.reports import (
     Bar,
     Bars,
@@ -27,35 +26,6 @@ from stillnorm.reports.markdown import escape, write
 
 RENDER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 NASTY = st.text(st.sampled_from("ab1._*`[]()<>&|\\~#+-!@=$:\n \t/\"'{}"), max_size=20)
-
-
-class Shown(HTMLParser):
-    """The text that a page shows, and its tags."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.text = ""
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.tags.append(tag)
-        self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: object) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data.replace("\N{ZERO WIDTH SPACE}", "")
-
-    @property
-    def words(self) -> list[str]:
-        return self.text.split()
 
 
 def rendered(*blocks: Block, title: str = "") -> Shown:
@@ -78,6 +48,7 @@ def test_any_text_is_shown_as_it_is(text: str) -> None:
 
 
 @given(NASTY)
+@example("a\n\n1. *b*\n\n<b>c")
 def test_any_finding_stays_folded_and_whole(text: str) -> None:
     evidence = Table((), ((text, "1"),), "lr")
     finding = Diagnostic(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 
 from reports.samples import CHECK, documents
-from reports.test_markdown import Shown
+from reports.shown import Shown
 from stillnorm.reports import Bar, Bars, Document, Line
 from stillnorm.reports.document import Diagnostic, plain
 from stillnorm.reports.notebook import write

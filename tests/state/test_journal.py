@@ -423,6 +423,43 @@ def test_what_only_tells_its_state() -> None:
     assert thing.count == 3
 
 
+def test_a_compiled_model() -> None:
+    net = layers.conv_net()
+    compiled = torch.compile(net, backend="eager")
+    optimizer = torch.optim.Adam(net.parameters())
+    with unchanged(net, optimizer), put_back(compiled, optimizer):
+        compiled(layers.conv_input()).sum().backward()
+        optimizer.step()
+        compiled.eval()
+    assert type(net) is nn.Sequential
+
+
+def test_quantized_tensors() -> None:
+    net = nn.Module()
+    net.register_buffer("codes", torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8))
+    with put_back(net):
+        net.codes.copy_(torch.zeros(4))
+    assert net.codes.int_repr().tolist() == [10] * 4
+
+
+def test_strides() -> None:
+    net = nn.Conv2d(3, 4, 3)
+    with unchanged(net), put_back(net):
+        net.to(memory_format=torch.channels_last)
+
+
+def test_the_rest_goes_back_when_one_thing_cannot() -> None:
+    class Stubborn(Slotted):
+        __slots__ = ()
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            raise ValueError("no")
+
+    net, thing = layers.conv_net(), Stubborn()
+    with unchanged(net), pytest.raises(ValueError, match="no"), put_back(net, thing):
+        net.eval()[0].weight.data.zero_()
+
+
 def test_inference_tensors() -> None:
     net = nn.BatchNorm1d(2)
     with torch.inference_mode():

@@ -94,6 +94,9 @@ class TestFails:
     def test_for_whatever_mixes_samples(self, predict: Callable[[Tensor], Any], what: str) -> None:
         fails(predict, torch.randn(8, 3), "change with the batch")
 
+    def test_for_an_order_that_only_another_one_shows(self) -> None:
+        fails(lambda x: x.sort(0).values, torch.arange(24.0).reshape(8, 3), "of 7 answers change")
+
     def test_where_a_part_cannot_be_answered(self) -> None:
         net = nn.BatchNorm1d(3)
         fails(net, torch.randn(2, 3), "raises on 1 sample of it: ValueError: Expected more than 1")

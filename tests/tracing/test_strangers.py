@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stillnorm.tracing import looking, strangers_kept, trace
+from stillnorm.tracing import strangers_kept, trace
 from support.fingerprint import Fingerprint
 
 
@@ -79,7 +79,7 @@ def test_they_are_kept_through_an_exception() -> None:
             raise KeyError
 
     net = Raising()
-    with pytest.raises(KeyError), looking(net):
+    with pytest.raises(KeyError), strangers_kept(net):
         net(X)
     assert net.listed[0].num_batches_tracked == 0
     assert net.mean.abs().sum() == 0

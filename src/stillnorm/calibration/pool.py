@@ -188,8 +188,9 @@ class Pools:
 
 
 def _tracked(layer: NormLayer) -> int:
-    tracked = layer.num_batches_tracked
-    return 0 if tracked is None else int(tracked)
+    """Return how many batches the layer has counted; 0 for what can only be unwritten memory."""
+    counted = 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+    return counted if 0 <= counted < 10**9 else 0
 
 
 def _read(received: Sequence[Normalization], batch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,18 +13,22 @@ import click
 
 from stillnorm.cli.options import working
 from stillnorm.cli.weights import few
+from stillnorm.errors import StillnormWarning
 from stillnorm.reports.numbers import count
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from stillnorm.diagnosis import Fix, Report
+    from stillnorm.diagnosis import Report
 
-_IN_THE_PROCESS = ("freeze", "recalibrate and freeze", "momentum")  # no tensor holds them
+_HOLDS = ("freeze", "recalibrate and freeze")
+_ROUNDS = 3
 
 
 def fixed(report: Report, look: Callable[[], Report], *, unsafe: bool) -> Report:
     """Apply a report's fixes to its model; return what is found then, with what went away.
+
+    A cause that is gone can leave symptoms that it explained: they are fixed in the next round.
 
     Args:
         report: What was found, without what is not to be reported.
@@ -31,18 +37,33 @@ def fixed(report: Report, look: Callable[[], Report], *, unsafe: bool) -> Report
     """
     from stillnorm.diagnosis.report import Fixed
 
-    with working("fixing"):
-        applied = report.fix(unsafe=unsafe)
-    if not applied.fixes:
-        return report
-    left = look()
-    remaining = {(finding.code, path) for finding in left.findings for path in finding.paths}
-    gone = tuple(
-        Fixed(code, fix)
-        for code, fix in applied.fixes
-        if not any((code, path) in remaining for path in fix.paths)
-    )
-    return replace(left, fixed=gone)
+    done: list[Fixed] = []
+    for _ in range(_ROUNDS):
+        with working("fixing"), _warnings_told():
+            applied = report.fix(unsafe=unsafe)
+        if not applied.fixes:
+            break
+        report = look()
+        remaining = {(finding.code, path) for finding in report.findings for path in finding.paths}
+        gone = [
+            Fixed(code, fix)
+            for code, fix in applied.fixes
+            if not any((code, path) in remaining for path in fix.paths)
+        ]
+        done += gone
+        if not gone:
+            break
+    return replace(report, fixed=tuple(done))
+
+
+@contextlib.contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Say stillnorm's warnings in its own words, without the line of its code that gave them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", StillnormWarning)
+        yield
+    for warning in caught:
+        click.echo(f"warning: {warning.message}", err=True)
 
 
 def write_model(model: nn.Module, keys_before: list[str], report: Report, out: Path) -> None:
@@ -54,6 +75,8 @@ def write_model(model: nn.Module, keys_before: list[str], report: Report, out: P
         report: What was fixed.
         out: The file.
     """
+    from stillnorm.diagnosis.fix_calls import call_of
+    from stillnorm.norms import find_norms
     from stillnorm.state.files import write_tensors
 
     state = model.state_dict()
@@ -74,16 +97,14 @@ def write_model(model: nn.Module, keys_before: list[str], report: Report, out: P
             err=True,
         )
     for fix in (done.fix for done in report.fixed):
-        if fix.action in _IN_THE_PROCESS:
-            click.echo(
-                f"not in the file: {fix.title} of {count(len(fix.paths), 'layer')}\n"
-                f"  help: after loading it, {_in_code(fix)}",
-                err=True,
-            )
-
-
-def _in_code(fix: Fix) -> str:
-    """Return what to write in the training script for a fix that no tensor holds."""
-    if fix.action == "momentum":
-        return "set momentum m to 1 - m in the code that makes the layers"
-    return f"sn.freeze(model, {list(fix.paths)!r})"
+        if fix.action in _HOLDS:
+            again = call_of(replace(fix, action="freeze"), find_norms(model))
+        elif fix.action == "momentum":
+            again = "set momentum m to 1 - m where the layers are made"
+        else:
+            continue
+        click.echo(
+            f"no tensor holds it, so not in the file: {fix.title}, "
+            f"{count(len(fix.paths), 'layer')}\n  help: after loading it: {again}",
+            err=True,
+        )

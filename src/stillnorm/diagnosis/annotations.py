@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stillnorm.diagnosis.finding import Finding, listed
 from stillnorm.reports.github import Annotation
 
+if TYPE_CHECKING:
+    from stillnorm.diagnosis.report import Report
 
-def annotate(findings: Iterable[Finding], root: Path) -> list[Annotation]:
-    """Return the findings as annotations, each at the first of its lines that lies below `root`."""
-    return [_annotation(finding, root.resolve()) for finding in findings]
+
+def annotate(report: Report, root: Path) -> list[Annotation]:
+    """Return the findings as annotations, each at the first of its lines that lies below `root`.
+
+    A rule that failed is one too: the exit code alone would not say why.
+    """
+    failed = [
+        Annotation("error", "stillnorm", f"internal: {crash.code} failed itself: {crash.error}")
+        for crash in report.crashed
+    ]
+    return [*(_annotation(finding, root.resolve()) for finding in report.findings), *failed]
 
 
 def _annotation(finding: Finding, root: Path) -> Annotation:

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.diagnosis.rules.accumulated_micro_batches import AccumulatedMicroBatches
 from stillnorm.diagnosis.rules.aliased_statistics import AliasedStatistics
+from stillnorm.diagnosis.rules.batch_leak import BatchLeak
 from stillnorm.diagnosis.rules.batch_statistics_at_eval import BatchStatisticsAtEval
 from stillnorm.diagnosis.rules.cancelling_mean import CancellingMean
 from stillnorm.diagnosis.rules.coupled_gradient_penalty import CoupledGradientPenalty
@@ -26,12 +27,15 @@ from stillnorm.diagnosis.rules.inference_tensor_statistics import InferenceTenso
 from stillnorm.diagnosis.rules.initial_statistics import InitialStatistics
 from stillnorm.diagnosis.rules.keras_momentum import KerasMomentum
 from stillnorm.diagnosis.rules.low_precision_statistics import LowPrecisionStatistics
+from stillnorm.diagnosis.rules.misencoded_variance import MisencodedVariance
 from stillnorm.diagnosis.rules.mismatched_statistics import MismatchedStatistics
 from stillnorm.diagnosis.rules.missing_statistics import MissingStatistics
+from stillnorm.diagnosis.rules.mixed_domains import MixedDomains
 from stillnorm.diagnosis.rules.moving_frozen_affine import MovingFrozenAffine
 from stillnorm.diagnosis.rules.negative_variance import NegativeVariance
 from stillnorm.diagnosis.rules.non_finite_statistics import NonFiniteStatistics
 from stillnorm.diagnosis.rules.normalized_output import NormalizedOutput
+from stillnorm.diagnosis.rules.ordered_batches import OrderedBatches
 from stillnorm.diagnosis.rules.orphaned_parameter import OrphanedParameter
 from stillnorm.diagnosis.rules.overflowing_input import OverflowingInput
 from stillnorm.diagnosis.rules.padded_statistics import PaddedStatistics
@@ -48,10 +52,12 @@ from stillnorm.diagnosis.rules.training_mode_artifact import TrainingModeArtifac
 from stillnorm.diagnosis.rules.unconverged_statistics import UnconvergedStatistics
 from stillnorm.diagnosis.rules.unheld_eval import UnheldEval
 from stillnorm.diagnosis.rules.uninitialized_lazy_norm import UninitializedLazyNorm
+from stillnorm.diagnosis.rules.unmatched_average import UnmatchedAverage
 from stillnorm.diagnosis.rules.unmaterialized_statistics import UnmaterializedStatistics
 from stillnorm.diagnosis.rules.unreached_layer import UnreachedLayer
 from stillnorm.diagnosis.rules.update_without_gradient import UpdateWithoutGradient
 from stillnorm.diagnosis.rules.wrong_channel_axis import WrongChannelAxis
+from stillnorm.diagnosis.rules.wrong_input_scale import WrongInputScale
 from stillnorm.diagnosis.rules.zero_momentum_freeze import ZeroMomentumFreeze
 from stillnorm.errors import RuleError
 
@@ -69,9 +75,11 @@ CODES: dict[str, type[Rule]] = {
     "SN103": NegativeVariance,
     "SN104": ExplodingGain,
     "SN105": MismatchedStatistics,
+    "SN106": WrongInputScale,
     "SN107": BatchStatisticsAtEval,
     "SN108": KerasMomentum,
     "SN109": CumulativeMomentum,
+    "SN110": MisencodedVariance,
     "SN111": DominantEps,
     "SN112": UnmaterializedStatistics,
     "SN113": InferenceTensorStatistics,
@@ -94,6 +102,9 @@ CODES: dict[str, type[Rule]] = {
     "SN305": DecayedAffine,
     "SN306": UpdateWithoutGradient,
     "SN307": AccumulatedMicroBatches,
+    "SN308": MixedDomains,
+    "SN309": OrderedBatches,
+    "SN310": BatchLeak,
     "SN311": CoupledGradientPenalty,
     "SN401": LowPrecisionStatistics,
     "SN402": OverflowingInput,
@@ -101,6 +112,7 @@ CODES: dict[str, type[Rule]] = {
     "SN501": DivergedRanks,
     "SN503": StrippedSubclass,
     "SN601": MissingStatistics,
+    "SN602": UnmatchedAverage,
     "SN603": ForeignFrozenLayer,
     "SN701": TrainingModeArtifact,
 }

@@ -15,8 +15,8 @@ anew to the batches: how often does any of all these rows then differ as much, b
 and deviation over the deals, as the one that differs most?
 
 Batches are in **groups** where, joined nearest first, they form sets of two or more that take
-turns, with a twentieth of the squared difference left inside, sampling aside. All else is **order**:
-sorted, drifting, or every batch from a source of its own.
+turns, with a twentieth of the squared difference left inside, sampling aside. All else is
+**order**: sorted, drifting, or every batch from a source of its own.
 
 Source: the distance-based F of Anderson 2001, "A new method for non-parametric multivariate
 analysis of variance".

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from functools import cached_property
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -69,6 +70,12 @@ class Evidence:
         runs = self.measured
         return Structure(self.model, runs.batches[0], runs.forward, self.modes.in_train)
 
+    def must_know(self, setting: Literal["eps", "momentum"]) -> None:
+        """Raise where the layers are read from a file that does not say this setting of them."""
+        norms = () if self.request.file is None else self.request.file.norms
+        if any(setting == "momentum" or math.isnan(norm.eps) for norm in norms):
+            raise CannotTell(f"{setting} is not in the file")
+
     # ------------------------------------------------------------------ order and modes
 
     @cached_property
@@ -122,7 +129,9 @@ class Evidence:
 
     def sites(self, where: Collection[str], paths: Collection[str]) -> tuple[Site, ...]:
         """Return the source lines that `where` wrote, as far as the calls at the paths tell."""
-        known = {
+        traces = () if self.runs is None else self.runs.traces.values()
+        known = {str(x.site): x.site for seen in traces for x in seen.strays if x.site}
+        known |= {
             str(call.site): call.site
             for (path, _), calls in self._calls.items()
             for call in calls
@@ -206,7 +215,7 @@ class Evidence:
         Weights are often drawn at random or set to zero at the start, biases hardly ever.
         """
         bias = layer.bias
-        if bias is None or bias.is_meta or layer.is_lazy:
+        if bias is None or bias.is_meta or layer.is_lazy or not bias.numel():
             return False
         return bool((bias != bias.flatten()[0]).any()) or (bias.numel() == 1 and bool(bias != 0))
 

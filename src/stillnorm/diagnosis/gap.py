@@ -10,6 +10,7 @@ from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding
 
 # What each cause is found by. A rule of the first group that finds something supports the cause.
+TELLING = 0.1  # of the gap
 DOMAIN = "another domain"
 _FOUND_BY = {
     "stale statistics": ("SN002", "SN004", "SN101", "SN102", "SN105", "SN110", "SN115", "SN602"),
@@ -53,9 +54,11 @@ class Gap:
         seen = self.attribution
         parts = [f"eval and batch outputs differ by {_percent(seen.gap)} of their size"]
         worst = next((one for one in seen.layers if one.exact), None)
-        if worst is not None:
+        if worst is not None and worst.share >= TELLING:
             name = worst.path or "the one layer"
             parts.append(f"{name} alone makes {_percent(worst.share)} of that")
+        elif worst is not None:
+            parts.append("no layer alone makes much of that")
         if seen.recalibration is not None:
             parts.append(f"recalibrating closes {_percent(seen.recalibration)}")
         return "; ".join(parts)

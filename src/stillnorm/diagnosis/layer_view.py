@@ -294,7 +294,7 @@ class _Look:
 
     def listed(self) -> tuple[CallSite, ...]:
         """Describe the first calls."""
-        found = []
+        found: list[CallSite] = []
         for calls, samples, seen in zip(self.calls, self.samples, self.distances, strict=True):
             if samples is None or len(found) == MOST_CALLS:
                 continue

@@ -183,7 +183,7 @@ def _path(node: Any, mean: str) -> str:
     """Return the module's path, as far as the exporter wrote it, or else the node's name."""
     if mean.endswith(".running_mean"):
         return mean.removesuffix(".running_mean")
-    for said in _said(node.metadata_props):
+    for said in _said(getattr(node, "metadata_props", ())):  # from onnx 1.16 on
         return said
     if match := _NAME.fullmatch(node.name):
         return match[1].replace("/", ".")

@@ -46,6 +46,7 @@ class Page:
         head: The scores.
         verdict: Freeze, recalibrate or train.
         gap: What makes eval and batch statistics disagree, a line each.
+        rules: How many rules ran.
         findings: What is wrong.
         fixes: The calls that apply what can be applied, with what they do.
         layers: The norm layers in order of the forward; those never called last.
@@ -61,6 +62,7 @@ class Page:
     head: Bars | None
     verdict: str
     gap: tuple[str, ...]
+    rules: int
     findings: tuple[Found, ...]
     fixes: tuple[tuple[str, str], ...]
     layers: tuple[LayerView, ...]
@@ -119,6 +121,7 @@ def page_of(report: Report, evidence: Evidence) -> Page:
         head=_head(report.head, document),
         verdict="" if report.verdict is None else report.verdict.sentence,
         gap=() if report.gap is None else (report.gap.sizes(), report.gap.verdict()),
+        rules=len(report.ran),
         findings=_findings(report, evidence, document, about),
         fixes=_fixes(report.findings),
         layers=layers,

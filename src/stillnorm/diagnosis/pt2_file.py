@@ -107,12 +107,12 @@ def _norms_of(module: dict[str, Any], weights: _Weights) -> Iterator[StoredNorm]
         given = {entry["name"]: entry["arg"] for entry in node["inputs"]}
         keys = {part: sources.get(_tensor(given.get(part))) for part in _INPUTS}
         tensors = {part: weights.read(key) for part, key in keys.items() if key is not None}
-        if op == _INSTANCE and not tensors.keys() & {"running_mean", "running_var"}:
-            continue
         uses: NormalizesBy = "running"
         if _asks_for_input(op, overload, given):
             alone = op == _INSTANCE or _is_one_sample(_tensor(given["input"]), graph)
             uses = "sample" if alone else "batch"
+            if alone and not _has_statistics(overload, given):
+                continue  # instance norm, or weight standardisation
         yield StoredNorm(
             _path(keys["running_mean"], node),
             {part: t for part, t in tensors.items() if t is not None and t.ndim == 1},
@@ -127,8 +127,11 @@ def _asks_for_input(op: str, overload: str, given: dict[str, Any]) -> bool:
         return False
     flag = "use_input_stats" if op == _INSTANCE else "training"
     asked = bool(given.get(flag, {}).get("as_bool", False))
-    has_statistics = overload != "no_stats" and _tensor(given.get("running_mean")) != ""
-    return op in _ALWAYS or asked or not has_statistics
+    return op in _ALWAYS or asked or not _has_statistics(overload, given)
+
+
+def _has_statistics(overload: str, given: dict[str, Any]) -> bool:
+    return overload != "no_stats" and _tensor(given.get("running_mean")) != ""
 
 
 def _nodes(graph: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

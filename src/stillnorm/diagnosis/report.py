@@ -221,7 +221,7 @@ class Report:
         Args:
             root: The folder of the repository; by default the folder now.
         """
-        return github.write(annotate(self.findings, root or Path.cwd()))
+        return github.write(annotate(self, root or Path.cwd()))
 
     def to_html(self) -> str:
         """Return the report as one page that needs no other file and no network.

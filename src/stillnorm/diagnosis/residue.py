@@ -67,7 +67,7 @@ class Residue:
 
     def __str__(self) -> str:
         times = "1 update" if self.updates == 1 else f"{self.updates} updates"
-        left = f"{100 * self.left:.3g} % of the initial values"
+        left = f"{100 * self.left:.0f} % of the initial values"
         return f"momentum {self.momentum:g} after {times} leaves {left}"
 
 

@@ -48,8 +48,8 @@ def check(
 
     Args:
         model: The model. Or a file, for which the rules run that need no more: a checkpoint
-            (``.safetensors``, ``.pt``, ``.pth``, ``.ckpt``, ``.bin``), of which nothing is unpickled
-            but tensors, an ``.onnx`` graph, or a ``.pt2`` of `torch.export`. Or a state dict.
+            (``.safetensors``, ``.pt``, ``.pth``, ``.ckpt``, ``.bin``), of which only tensors are
+            unpickled, an ``.onnx`` graph, or a ``.pt2`` of `torch.export`. Or a state dict.
         batches: A DataLoader, a list of batches or one batch, best of training data and as large
             as in training. Without it the rules that need only the modules run, and the report
             says which did not.

@@ -64,6 +64,12 @@ class Head:
         return difference > MATTERS * (1 if fractions else max(map(abs, scores)))
 
     @property
+    def is_harmless(self) -> bool:
+        """Whether neither batch statistics nor recalibrated ones would score better than eval."""
+        best = max(self.batch, self.eval if self.recalibrated is None else self.recalibrated)
+        return not self.matters(best - self.eval)
+
+    @property
     def recalibration_pays(self) -> bool:
         """Whether recalibrating raises the score by what matters."""
         return self.recalibrated is not None and self.matters(self.recalibrated - self.eval)

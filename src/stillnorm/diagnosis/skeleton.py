@@ -116,7 +116,7 @@ class Norm(_BatchNorm):
                 kept = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
                 self.register_parameter(name, kept)
         self.num_features = max((tensor.numel() for tensor in norm.tensors.values()), default=0)
-        self.eps, self.momentum = norm.eps, math.nan
+        self.eps, self.momentum = norm.eps, None  # momentum is no file's
         self.affine = self.weight is not None
         self.track_running_stats = self.running_mean is not None
         self.training = False

@@ -84,7 +84,7 @@ class Structure:
 
     @cached_property
     def shifts(self) -> tuple[Shift, ...]:
-        """The norms that normalise by the batch after dropouts; the worst call of each."""
+        """The norms after dropouts; of each the call that is moved most."""
         received, first = self._with_dropouts
         if not any(seen.origin.dropouts for seen in received):
             return ()
@@ -101,7 +101,7 @@ class Structure:
         for received_here, without, *with_them in zip(calls, off, *on, strict=True):
             path, dropouts = without.layer.path, received_here.origin.dropouts
             ratio = _ratio(with_them, without)
-            if not dropouts or without.used != "batch" or ratio is None:
+            if not dropouts or ratio is None:
                 continue
             if path not in worst or worst[path].ratio < ratio:
                 worst[path] = Shift(path, ratio, dropouts)

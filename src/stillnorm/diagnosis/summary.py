@@ -74,7 +74,12 @@ def summary(report: Report, verbose: bool, wording: Wording) -> Iterator[Line]:
     yield from _suppressed(report, verbose)
     yield from _not_run(report, verbose, wording)
     for crash in report.crashed:
-        yield Line((Span("internal", "error"), f": {crash.code} failed itself: {crash.error}"))
+        yield Line(
+            (
+                Span("internal", "error"),
+                f": {crash.code} failed itself: {crash.error}; please tell us",
+            )
+        )
 
 
 def _suppressed(report: Report, verbose: bool) -> Iterator[Line]:
@@ -114,10 +119,11 @@ def _not_run(report: Report, verbose: bool, wording: Wording) -> Iterator[Line]:
 
 
 def _previews(report: Report) -> list[str]:
-    """Return the rules that only their own names would have selected."""
+    """Return the rules that only their own names select, where all others were selected."""
     considered = {*report.ran, *(missed.code for missed in report.not_run)}
     considered |= {crash.code for crash in report.crashed}
-    return [code for code, rule in CODES.items() if rule.preview and code not in considered]
+    left = [code for code in CODES if code not in considered]
+    return left if all(CODES[code].preview for code in left) else []
 
 
 def _rules(codes: list[str]) -> str:

@@ -109,7 +109,9 @@ class _Numbers:
         if broken:
             kept = "" if head is None else f"; freezing now would keep {in_units(head.eval, head)}"
             return "repair", f"repair {broken[0]} before anything else{kept}"
-        if stale or (head is not None and head.recalibration_pays):
+        if (stale and (head is None or not head.is_harmless)) or (
+            head is not None and head.recalibration_pays
+        ):
             return "recalibrate", f"{self._repaired()}: recalibrate, then {self.then}"
         if head is not None and head.matters(head.eval - head.batch):
             return "freeze", (

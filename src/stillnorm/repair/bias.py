@@ -22,7 +22,16 @@ from stillnorm.norms import NormLayer, find_norms, walk
 from stillnorm.repair.statistics import RepairReport
 from stillnorm.repair.surgery import Surgery, refuse_wrapped
 from stillnorm.state import eval_mode, preserved
-from stillnorm.tracing import Forward, call_example, copied, eager, first_line, looking, tensors_in
+from stillnorm.tracing import (
+    Forward,
+    call_example,
+    copied,
+    eager,
+    first_line,
+    looking,
+    strangers_kept,
+    tensors_in,
+)
 from stillnorm.tracing.links import Links, Output, links
 
 # How far the eval output may move, relative to its largest value: rounding, in eps of its dtype.
@@ -213,7 +222,7 @@ def _owners(model: nn.Module) -> dict[int, int]:
 
 
 def _output(model: nn.Module, example: object, forward: Forward | None) -> list[Tensor]:
-    with looking(model), eval_mode(model):
+    with looking(model), strangers_kept(model), eval_mode(model):
         return list(tensors_in(call_example(model, copied(example), forward)))
 
 

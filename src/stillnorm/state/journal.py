@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
@@ -83,6 +84,7 @@ class Journal:
         """Note more objects, as they are now."""
         waiting = list(objects)
         tensors: list[Tensor] = []
+        modules: list[nn.Module] = []
         contents: list[Callable[[], object]] = []
         while waiting:
             thing = waiting.pop()
@@ -93,7 +95,7 @@ class Journal:
                 tensors.append(thing)
                 waiting += _attached(thing)
             elif isinstance(thing, nn.Module):
-                self._keep_module(thing)
+                modules.append(thing)
                 if isinstance(thing, torch.jit.ScriptModule):  # whose attributes are not Python's
                     waiting += [*thing.parameters(), *thing.buffers(), *thing.children()]
             for inside in _contents(thing, is_given=any(thing is given for given in objects)):
@@ -104,9 +106,9 @@ class Journal:
                 waiting += thing
             elif (again := _opaque(thing)) is not None:
                 contents.append(again)
+        self._keep_modules(modules)
         self._keep_tensors(tensors)
-        for refill in contents:
-            self._undo.callback(refill)
+        self._undo.callback(_each, _called, [(refill,) for refill in contents])
 
     def before(self, tensor: Tensor) -> Tensor | None:
         """Return a copy of what the tensor held when it was noted; None for one that was not."""
@@ -117,30 +119,49 @@ class Journal:
         before = self.before(tensor)
         return before is not None and not _same(tensor, before)
 
-    def _keep_module(self, module: nn.Module) -> None:
-        if isinstance(module, torch.jit.ScriptModule):
-            if hasattr(module, "training"):
-                self._undo.callback(setattr, module, "training", module.training)
-            return
-        self._undo.enter_context(lazies_kept(module))
-        self._undo.callback(setattr, module, "__class__", type(module))
+    def _keep_modules(self, modules: list[nn.Module]) -> None:
+        for module in modules:
+            if isinstance(module, LazyModuleMixin):
+                self._undo.enter_context(lazies_kept(module))
+        scripted = [m for m in modules if isinstance(m, torch.jit.ScriptModule)]
+        modes = [(m, "training", m.training) for m in scripted if hasattr(m, "training")]
+        self._undo.callback(_each, setattr, modes)
+        self._undo.callback(_each, _be_of_class, [(m, type(m)) for m in modules])
 
     def _keep_tensors(self, tensors: list[Tensor]) -> None:
         """Note tensors. What is registered last goes back first: the graph, then memory."""
         lazy = UninitializedParameter | UninitializedBuffer
-        for tensor in tensors:
-            if tensor.is_leaf and not isinstance(tensor, lazy):
-                self._undo.callback(_set_attached, tensor, _attached(tensor)[:3])
-        for tensor in tensors:
-            if isinstance(tensor, lazy) or tensor.is_meta:
-                continue
-            value = self._values[id(tensor)] = tensor.detach().clone()
-            if not tensor.is_inference():
-                self._undo.enter_context(_version_kept(tensor))
-            self._undo.callback(_put_value, tensor, tensor.data, value)
-        for tensor in tensors:
-            if tensor.is_leaf and not isinstance(tensor, lazy):
-                self._undo.callback(_be_leaf, tensor, tensor.requires_grad)
+        tensors = [tensor for tensor in tensors if not isinstance(tensor, lazy)]
+        leaves = [tensor for tensor in tensors if tensor.is_leaf]
+        real = [tensor for tensor in tensors if not tensor.is_meta]
+        for tensor in real:
+            self._values[id(tensor)] = tensor.detach().clone()
+        self._undo.callback(_each, _set_attached, [(x, _attached(x)) for x in leaves])
+        self._undo.enter_context(_version_kept(tuple(x for x in real if not x.is_inference())))
+        values = [(tensor, tensor.data, self._values[id(tensor)]) for tensor in real]
+        self._undo.callback(_each, _put_value, values)
+        self._undo.callback(_each, _be_leaf, [(x, x.requires_grad) for x in leaves])
+
+
+def _each(undo: Callable[..., object], arguments: list[tuple[Any, ...]]) -> None:
+    """Undo all, whatever one of them raises."""
+    errors = []
+    for each in arguments:
+        try:
+            undo(*each)
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _be_of_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    if type(module) is not kind:
+        object.__setattr__(module, "__class__", kind)  # wrappers hand attributes on
+
+
+def _called(function: Callable[[], object]) -> None:
+    function()
 
 
 _ATOMS = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device)
@@ -263,4 +284,6 @@ def _type(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _same(tensor: Tensor, value: Tensor) -> bool:
-    return tensor.layout is torch.strided and same_bits(tensor, value)
+    if tensor.is_quantized or tensor.layout is not torch.strided:  # these have no bytes to view
+        return False
+    return same_bits(tensor, value)

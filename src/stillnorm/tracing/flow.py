@@ -117,7 +117,7 @@ def running(
         by_batch = ()
     elif by_batch is None:
         by_batch = train_by_input(model, norms)
-    with looking(model):
+    with looking(model), strangers_kept(model):
         if flow != "as_is":
             model.eval()
         with training_by_input(by_batch):
@@ -146,18 +146,14 @@ def training_by_input(layers: Collection[NormLayer]) -> Iterator[None]:
 def looking(model: nn.Module) -> Iterator[None]:
     """Let the block run the model in any way: nothing is updated, and all is left as found.
 
+    Norms that are not registered in the model need `strangers_kept` too: it would keep the held
+    layers that are folded from doing so.
+
     Raises:
         StateError: The model has lazy modules, which a first forward would change.
     """
     _refuse_lazy(model)
-    with (
-        preserved(model),
-        no_updates(model),
-        torch.no_grad(),
-        eager(),
-        _alone(model),
-        strangers_kept(model),
-    ):
+    with preserved(model), no_updates(model), torch.no_grad(), eager(), _alone(model):
         try:
             yield
         finally:

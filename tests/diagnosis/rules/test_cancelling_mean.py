@@ -26,7 +26,7 @@ def silent(net: nn.Module, given: object, **options: object) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "limit"),
-    [(torch.float32, 1e4), (torch.float16, 1e3), (torch.bfloat16, 1e2)],
+    [(torch.float32, 3e3), (torch.float16, 1e3), (torch.bfloat16, 1e2)],
 )
 @pytest.mark.parametrize("sign", [1, -1])
 def test_over_the_limit_of_the_type_and_not_under_it(
@@ -40,13 +40,12 @@ def test_over_the_limit_of_the_type_and_not_under_it(
 
 
 def test_torch_loses_the_variance_there() -> None:
-    """Many values in channels_last: the variance of train mode is wrong at the limit."""
+    """Many values in one channel: how many it takes depends on the kernel and its threads."""
     torch.manual_seed(0)
-    x = torch.randn(32, 2, 56, 56)
-    given = (1.2e4 + x).contiguous(memory_format=torch.channels_last)
-    layer = nn.BatchNorm2d(2, momentum=1.0)
+    given = 1e5 + torch.randn(65536, 4)
+    layer = nn.BatchNorm1d(4, momentum=1.0)
     layer(given)
-    assert (layer.running_var / given.double().var((0, 2, 3)) > 1.5).all()
+    assert (layer.running_var / given.double().var(0) > 1.5).any()
     assert found(check(nn.Sequential(layer), [given], select="SN403")) == {"SN403": ("0",)}
 
 
@@ -64,6 +63,17 @@ def test_inside_the_network(kind: type[nn.Module]) -> None:
     with torch.no_grad():
         net[3].bias[0] = 1e5
     assert found(check(net, batches(), select="SN403")) == {"SN403": ("4",)}
+
+
+def test_instance_norm_is_judged_by_the_sample() -> None:
+    """Offsets of either sign, which only differ between samples, are spread to batch norm."""
+    x = data(64)
+    x[::2] += 1e5
+    x[1::2] -= 1e5
+    assert found(check(nn.Sequential(nn.InstanceNorm2d(3)), [x], select="SN403")) == {
+        "SN403": ("0",)
+    }
+    silent(nn.Sequential(nn.BatchNorm2d(3)), [x])
 
 
 class TestNearMisses:
@@ -102,7 +112,7 @@ class TestNearMisses:
 
 
 def test_in_a_real_network_at_its_own_layer() -> None:
-    model, given = make("torchvision/resnet18"), [images(32, seed=3, size=32)]
+    model, given = make("timm/resnet10t"), [images(16, seed=3, size=32)]
     silent(model, given)
     model.layer3[0].conv2.bias = nn.Parameter(torch.full((256,), 1e5))
     report = check(model, given, select="SN403")

@@ -110,19 +110,19 @@ class TestNearMisses:
         net[6].running_var.fill_(-1)
         assert said(net) == []
 
-    @pytest.mark.parametrize("name", ["torchvision/mobilenet_v2", "timm/efficientnet_lite0"])
+    @pytest.mark.parametrize("name", ["torchvision/mobilenet_v2", "timm/ghostnet_050"])
     def test_real_networks(self, name: str) -> None:
         assert said(make(name)) == []
 
 
 def test_a_port_that_keeps_an_eps_of_1e_3_beside_small_variances_is_a_remark() -> None:
-    """Weights drawn with deviation 0.02, eps 1e-3 as in TensorFlow: eps does decide here."""
-    ((severity, paths),) = said(make("transformers/mobilenet_v2"))
+    """Random weights and eps 1e-3 as in TensorFlow: eps does decide in the last layers."""
+    ((severity, paths),) = said(make("torchvision/mobilenet_v3_small"))
     assert severity == "info"
-    assert len(paths) > 10
+    assert "features.11.block.1.1" in paths
 
 
 def test_in_a_real_network_at_its_own_layer() -> None:
-    model = make("torchvision/resnet18")
+    model = make("timm/resnet10t")
     model.layer3[0].bn1.running_var.mul_(1e-6)
     assert said(model) == [("info", ("layer3.0.bn1",))]

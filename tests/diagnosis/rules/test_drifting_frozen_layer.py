@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diagnosis import steps
 from diagnosis.nets import batches, conv_net, data, estimated, found
 from stillnorm import check, freeze, is_frozen
+from stillnorm.diagnosis import Finding
 from support.zoo import torchvision
 
 
@@ -158,3 +160,144 @@ def test_the_fix_holds_what_was_frozen_and_the_finding_is_gone() -> None:
     assert is_frozen(net, "1")
     assert not is_frozen(net, "4")
     assert torch.equal(before, net.eval()(data()))
+
+
+class TestWithAStep:
+    """What trains is what the step trains, and the movement is proved."""
+
+    def of(self, net: nn.Module, step: steps.TrainStep, **given: object) -> list[Finding]:
+        report = check(net, data(16), train_step=step, select="SN001", **given)
+        assert not report.crashed
+        return list(report.findings)
+
+    def test_frozen_by_flags(self) -> None:
+        net = estimated(conv_net()).train()
+        frozen(net[:3])
+        (finding,) = self.of(net, steps.plain(steps.sgd(net)))
+        assert finding.severity == "error"
+        assert finding.paths == ("1",)
+        assert finding.fix.applicability == "safe"
+        assert finding.evidence["moved"] > 0
+        assert finding.message.startswith("1 layer is frozen by requires_grad alone: one training")
+
+    def test_a_backbone_under_no_grad(self) -> None:
+        net = estimated(conv_net()).train()
+        optimizer = steps.sgd(net)
+
+        def step(model: nn.Module, x: Tensor) -> None:
+            optimizer.zero_grad()
+            with torch.no_grad():
+                x = model[:3](x)
+            steps.loss_of(model[3:](x)).backward()
+            optimizer.step()
+
+        (finding,) = self.of(net, step)
+        assert finding.paths == ("1",)
+        assert finding.severity == "error"
+        assert finding.fix.applicability == "unsafe"
+
+    def test_no_grad_inside_the_forward(self) -> None:
+        class Probe(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.backbone, self.head = estimated(backbone()), head()
+
+            def forward(self, x: Tensor) -> Tensor:
+                with torch.no_grad():
+                    x = self.backbone(x)
+                return self.head(x)
+
+        net = Probe().train()
+        (finding,) = self.of(net, steps.plain(steps.sgd(net)))
+        assert finding.paths == ("backbone.1",)
+
+    def test_a_learning_rate_of_zero(self) -> None:
+        net = estimated(conv_net()).train()
+        groups = [{"params": net[:3].parameters(), "lr": 0}, {"params": net[3:].parameters()}]
+        (finding,) = self.of(net, steps.plain(torch.optim.SGD(groups, lr=0.1)))
+        assert finding.paths == ("1",)
+
+    def test_parameters_that_the_optimizer_does_not_hold(self) -> None:
+        net = estimated(conv_net()).train()
+        optimizer = steps.sgd(net[3:])
+        step = steps.plain(optimizer)
+        (finding,) = self.of(net, step, optimizer=optimizer)
+        assert finding.paths == ("1",)
+        # Another optimizer may hold them, which a generator's step has not called.
+        assert self.of(net, step) == []
+        assert self.of(net, step, optimizer=optimizer, restore=[steps.sgd(net[:3])]) == []
+
+    def test_the_fix(self) -> None:
+        net = estimated(conv_net()).train()
+        optimizer = steps.sgd(net[3:])
+        given = {"train_step": steps.plain(optimizer), "optimizer": optimizer, "select": "SN001"}
+        check(net, data(16), **given).fix(unsafe=True)
+        assert is_frozen(net, "1")
+        assert found(check(net, data(16), **given)) == {}
+
+    def test_a_resnet_and_its_fix(self) -> None:
+        x = torch.randn(4, 3, 32, 32)
+        net = estimated(torchvision.models.resnet18(num_classes=4), x)
+        for part in (net.conv1, net.bn1, net.layer1):
+            frozen(part)
+        step = steps.plain(steps.sgd(net))
+        report = check(net, x, train_step=step, select="SN001")
+        assert report.findings[0].paths[0] == "bn1"
+        assert len(report.findings[0].paths) == 5
+        report.fix()
+        assert found(check(net, x, train_step=step, select="SN001")) == {}
+
+    def test_a_step_that_keeps_the_backbone_in_eval_does_not_move_it(self) -> None:
+        net = estimated(conv_net()).train()
+        frozen(net[:3])
+        once = steps.plain(steps.sgd(net))
+
+        def step(model: nn.Module, x: Tensor) -> None:
+            model[1].eval()
+            once(model, x)
+
+        assert self.of(net, step) == []
+
+    def test_a_step_that_trains_nothing_leaves_it_to_the_flags(self) -> None:
+        net = estimated(conv_net()).train()
+        frozen(net[:3])
+        (finding,) = self.of(net, lambda model, x: model(x))
+        assert finding.severity == "warning"
+        assert finding.evidence["moved"] is None
+
+    def test_a_warm_up_from_zero_trains_nothing(self) -> None:
+        net = estimated(conv_net()).train()
+        assert self.of(net, steps.plain(steps.sgd(net, lr=0.0))) == []
+
+    @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+    def test_a_gradient_of_zero_trains_all_the_same(self, optimizer: str) -> None:
+        """Zero-initialised residual branches."""
+        net = torchvision.models.resnet18(num_classes=4, zero_init_residual=True)
+        step = steps.plain(getattr(torch.optim, optimizer)(net.parameters(), lr=0.1))
+        report = check(net, torch.randn(4, 3, 32, 32), train_step=step, select="SN001")
+        assert found(report) == {}
+
+    def test_a_discriminator_between_its_steps(self) -> None:
+        model = steps.Both()
+        step, _ = steps.gan_step(model)
+        assert self.of(model, step) == []
+
+    def test_a_step_of_the_discriminator_only(self) -> None:
+        model = steps.Both().train()
+        optimizer = steps.sgd(model.discriminator)
+
+        def step(model: steps.Both, x: Tensor) -> None:
+            optimizer.zero_grad()
+            steps.loss_of(model.discriminator(model.generator(x).detach())).backward()
+            optimizer.step()
+
+        assert self.of(model, step) == []
+
+    def test_an_average_of_weights_as_a_teacher(self) -> None:
+        model = steps.WithTeacher()
+        assert self.of(model, steps.distilling(model)) == []
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_checkpointing(self, reentrant: bool) -> None:
+        net = estimated(conv_net()).train()
+        assert self.of(net, steps.checkpointed(steps.sgd(net), reentrant)) == []

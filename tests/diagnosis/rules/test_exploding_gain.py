@@ -75,6 +75,10 @@ class TestNearMisses:
         assert (net[0].weight / (net[0].running_var + 1e-5).sqrt()).max() > 50  # a large gain
         self.silent(net)
 
+    def test_a_channel_that_is_small_and_alive(self) -> None:
+        """A tenth of eps: a third of a deviation comes out of it in ordinary use."""
+        self.silent(collapsed(value=1e-6))
+
     def test_a_dead_channel_with_a_weight_near_zero(self) -> None:
         net = collapsed()
         with torch.no_grad():

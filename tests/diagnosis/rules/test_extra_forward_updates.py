@@ -62,7 +62,7 @@ def test_what_it_says_of_sam() -> None:
         "1 forward with weights that are taken back"
     )
     assert [row[2:] for row in finding.table.rows] == [
-        ("kept", "dropped"),
+        ("kept", "dropped before a step"),
         ("taken back", "trains"),
     ]
 

@@ -45,6 +45,14 @@ def test_a_foreign_frozen_layer_that_was_never_loaded() -> None:
     assert check(net, batches()).findings[0].fix is None
 
 
+def test_a_zero_gamma_beside_a_zero_bias_is_not_learned() -> None:
+    """Zero-initialised is as little a sign of training as one is."""
+    net = estimated(conv_net())
+    net[1] = torchvision.ops.FrozenBatchNorm2d(8)
+    net[1].weight.zero_()
+    assert found(check(net)) == {"SN004": ("1",)}
+
+
 class TestNearMisses:
     def test_estimated_and_held(self) -> None:
         net = estimated(conv_net())
@@ -62,6 +70,15 @@ class TestNearMisses:
         net[1].weight.uniform_(0.5, 2)
         net[1].bias.normal_()
         assert found(check(net)) == {}
+
+    def test_a_fresh_model_with_zero_initialised_residual_branches(self) -> None:
+        net = torchvision.models.resnet18(zero_init_residual=True).train()
+        assert found(check(net)) == {}
+
+    def test_a_layer_without_channels(self) -> None:
+        net = nn.Sequential(nn.BatchNorm1d(0)).train()
+        net[0].eval()
+        assert found(check(net, select="SN004")) == {}
 
     def test_data_for_which_the_identity_is_right(self) -> None:
         net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 2)).train()

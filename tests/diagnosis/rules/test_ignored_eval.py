@@ -128,6 +128,7 @@ def test_a_function_with_training_written_out(kind: type[Block], depth: int) -> 
     assert (finding.severity, finding.evidence["kind"]) == ("error", "function")
     assert finding.paths == (".".join("0" * depth),)
     assert finding.where == (line_of(kind.norm, "batch_norm("),)
+    assert [site.function for site in finding.sites] == [f"{kind.__name__}.norm"]
 
 
 @pytest.mark.parametrize("kind", [PlainList, BlocksInList])
@@ -200,7 +201,7 @@ def test_outputs_do_depend_on_the_batch_mates() -> None:
 @pytest.mark.parametrize("kind", [Function, PlainList, BlocksInList, NotPassedOn, NoReturn])
 def test_the_model_is_left_as_found(kind: type[Block]) -> None:
     net = kind()
-    hidden = [m for m in getattr(net, "norms", [])]
+    hidden = list(getattr(net, "norms", []))
     hidden += [m for block in getattr(net, "blocks", {}).values() for m in block]
     before = [Fingerprint(m) for m in (net, *hidden)]
     check(net, batches())

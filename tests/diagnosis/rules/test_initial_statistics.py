@@ -7,6 +7,7 @@ from torch import nn
 
 from diagnosis.nets import batches, conv_net, estimated, found
 from stillnorm import check, freeze
+from support.zoo import torchvision
 
 
 def lost() -> nn.Sequential:
@@ -43,6 +44,20 @@ class TestNearMisses:
         net = conv_net()
         nn.init.zeros_(net[4].weight)
         self.silent(net)
+
+    def test_a_real_network_with_zero_initialised_residual_branches(self) -> None:
+        net = torchvision.models.resnet18(zero_init_residual=True)
+        assert not net.layer1[0].bn2.weight.any()
+        self.silent(net)
+
+    def test_a_zero_gamma_where_the_data_are_what_they_should_be(self) -> None:
+        net = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 2))
+        nn.init.zeros_(net[0].weight)
+        x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        assert found(check(net, list(x.split(16)), select="SN101")) == {}
+
+    def test_a_layer_without_channels(self) -> None:
+        self.silent(nn.Sequential(nn.BatchNorm1d(0)))
 
     def test_weights_drawn_at_random_as_gans_do(self) -> None:
         net = conv_net()

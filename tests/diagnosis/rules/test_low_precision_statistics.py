@@ -55,7 +55,22 @@ def test_in_eval_mode_it_is_a_remark_until_values_are_lost() -> None:
     net = estimated(conv_net()).half().eval()
     assert [f.severity for f in check(net, select="SN401").findings] == ["info"]
     net[1].running_var[0] = 0.0
-    assert found(check(net, select="SN401")) == {"SN401": ("1", "4")}
+    report = check(net)
+    assert found(report) == {"SN401": ("1", "4")}
+    assert "SN104 on 1" in report.findings[0].explains
+
+
+def test_bfloat16_has_the_range_of_float32() -> None:
+    """A variance of 0 in it was 0 before."""
+    net = estimated(conv_net()).bfloat16()
+    net[4].running_var[2] = 0.0
+    freeze(net)
+    assert found(check(net, select="SN401")) == {}
+
+
+def test_without_a_momentum_it_names_no_percentage() -> None:
+    net = estimated(conv_net(momentum=None)).half()
+    assert "small updates are lost" in check(net, select="SN401").findings[0].message
 
 
 class TestNearMisses:

@@ -138,3 +138,16 @@ def test_the_fix_recalibrates_and_the_finding_is_gone() -> None:
     assert report.findings[0].fix.applicability == "unsafe"
     report.fix(unsafe=True)
     assert found(check(net, batches())) == {}
+
+
+def test_what_costs_the_users_score_nothing_is_a_remark() -> None:
+    net, data = estimated(conv_net()).eval(), batches()
+    sound = {id(x): net(x).detach() for x in data}
+    net[4].running_mean += 3
+    report = check(net, data, score=lambda out, _: 1.0)
+    (finding,) = [f for f in report.findings if f.code == "SN105"]
+    assert finding.severity == "info"
+    assert "your score does not suffer" in finding.note
+    report = check(net, data, score=lambda out, x: -float((out - sound[id(x)]).abs().mean()))
+    (finding,) = [f for f in report.findings if f.code == "SN105"]
+    assert finding.severity == "error"

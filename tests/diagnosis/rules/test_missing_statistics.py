@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diagnosis.nets import conv_net, found
@@ -108,6 +110,13 @@ def test_parameters_alone_cannot_be_told_from_group_norm() -> None:
     assert missed.reason.startswith("17 layers called batch norm and no running statistics")
     grouped = zoo.torchvision.models.resnet18(norm_layer=lambda c: nn.GroupNorm(2, c))
     assert look(state(grouped)).not_run == (missed,)
+
+
+def test_one_file_of_several_cannot_be_decided(tmp_path: Path) -> None:
+    path = tmp_path / "model-00001-of-00002.safetensors"
+    save_file(without(state(), "running_var"), path)
+    (missed,) = check(path, select="SN601").not_run
+    assert missed.reason == "the rest of the checkpoint is in other files"
 
 
 def test_a_model_is_not_a_checkpoint() -> None:

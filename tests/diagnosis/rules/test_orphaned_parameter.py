@@ -165,12 +165,19 @@ class TestNearMisses:
         optimizer = SGD(order.get(place, body + head + loss), lr=LR)
         assert "nothing shows whether they were" in undecided(net, optimizer)
 
-    @pytest.mark.parametrize("shape", [(), (4,), (10, 4)])
+    @pytest.mark.parametrize(
+        "shapes", [[()], [(4,)], [(10, 4)], [(10, 4), (10,)], [(4,), (4, 8)]], ids=str
+    )
     def test_a_loss_beside_a_head_that_another_optimizer_trains(
-        self, shape: tuple[int, ...]
+        self, shapes: list[tuple[int, ...]]
     ) -> None:
-        net, loss = conv_net(), nn.Parameter(torch.zeros(shape))
-        optimizer = SGD([*net[:8].parameters(), loss], lr=LR)
+        net, loss = conv_net(), [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        optimizer = SGD([*net[:8].parameters(), *loss], lr=LR)
+        assert "nothing shows" in undecided(net, optimizer)
+
+    def test_a_loss_in_the_place_of_a_norm_that_another_optimizer_trains(self) -> None:
+        net, loss = conv_net(), nn.Linear(8, 8)
+        optimizer = SGD([*net[0].parameters(), *loss.parameters(), *net[2:].parameters()], lr=LR)
         assert "nothing shows" in undecided(net, optimizer)
 
     def test_an_optimizer_of_another_copy(self) -> None:

@@ -100,6 +100,11 @@ class TestNearMisses:
         x = F.relu(torch.randn(N, C, L) - 0.5)
         assert findings(nn.Sequential(nn.BatchNorm1d(C)), x) == []
 
+    def test_one_channel_alone_that_ends_in_zeros(self) -> None:
+        x = 2 + torch.randn(N, C, L)
+        x[:, 0] = padded(N, C, L)[:, 0]
+        assert findings(nn.Sequential(nn.BatchNorm1d(C)), x) == []
+
     def test_padding_that_changes_nothing(self) -> None:
         x = padded(N, C, L, lengths=30 + torch.arange(N) % 2)
         assert findings(nn.Sequential(nn.BatchNorm1d(C)), x) == []

@@ -123,7 +123,7 @@ def test_a_whole_step_in_no_updates() -> None:
 
 
 def test_an_instance_norm_and_a_cumulative_average() -> None:
-    net = conv_net()
+    net = estimated(conv_net())
     net[1] = nn.InstanceNorm2d(8, track_running_stats=True)
     net[4].momentum = None
     (finding,) = of(net.train(), steps.checkpointed(steps.sgd(net), reentrant=False))

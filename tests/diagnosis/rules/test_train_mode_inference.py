@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diagnosis.nets import batches, conv_net, data, estimated, found
+from diagnosis.nets import conv_net, data, estimated, found
 from stillnorm import check, eval_mode, freeze, no_updates
 from stillnorm.diagnosis import Report
 from stillnorm.diagnosis.finding import Finding
@@ -146,6 +146,21 @@ class TestFires:
         assert finding.severity == "warning"
         assert finding.evidence["answers_changed"] == 0
 
+    def test_samples_together_whose_answers_are_random_are_an_error(self) -> None:
+        def sampled(model: nn.Module, batch: Tensor) -> Tensor:
+            with no_updates(model):
+                return model(batch)
+
+        net = nn.Sequential(estimated(conv_net()), nn.Dropout(0.5)).train()
+        finding = the_finding(net, sampled)
+        assert (finding.severity, finding.evidence["mean_moved"]) == ("error", {})
+
+    def test_other_mixing_of_samples_is_not_blamed_on_norms(self) -> None:
+        net = nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True), nn.Flatten())
+        finding = the_finding(net, lambda model, x: model(x).softmax(0))
+        assert finding.evidence["answers"] is None
+        assert "answer" not in finding.note
+
     @pytest.mark.parametrize("n", [1, 2, 3])
     def test_small_batches(self, n: int) -> None:
         finding = the_finding(estimated(conv_net()).train(), no_eval, data(n))
@@ -158,6 +173,21 @@ class TestFires:
         assert found(asked(net, no_eval, x)) == {}
         report = check(net.train(), x, predict=no_eval)
         assert set(found(report)) == {"SN006"}
+
+
+def test_validation_inside_the_step_is_explained_by_it() -> None:
+    """SN306 sees the same mistake from the side of training: one cause, one finding."""
+
+    def train_step(model: nn.Module, batch: Tensor) -> None:
+        model.train()(batch).sum().backward()
+        no_eval(model, batch)
+
+    net = estimated(conv_net()).train()
+    given = {"train_step": train_step, "select": "SN006,SN306"}
+    assert found(check(net, data(16), **given)) == {"SN306": ("1", "4")}
+    report = check(net, data(16), predict=no_eval, **given)
+    assert found(report) == {"SN006": ("1", "4")}
+    assert report.findings[0].explains == "SN306 on 1, 4 (not repeated)"
 
 
 class TestNearMisses:
@@ -197,8 +227,7 @@ class TestNearMisses:
     def test_answers_that_mix_samples_without_any_norm(self) -> None:
         self.silent(estimated(conv_net()).eval(), lambda m, x: m(x).softmax(0))
 
-    def test_without_predict_or_batches_it_is_not_run(self) -> None:
-        report = check(conv_net(), select="SN006")
-        assert [m.reason for m in report.not_run if m.code == "SN006"] == ["needs batches"]
-        report = check(conv_net(), batches(), select="SN006")
-        assert [m.reason for m in report.not_run if m.code == "SN006"] == ["needs predict="]
+    @pytest.mark.parametrize("x", [None, data(16)], ids=["alone", "with batches"])
+    def test_without_predict_it_is_not_run(self, x: Tensor | None) -> None:
+        report = check(conv_net(), x, select="SN006")
+        assert "needs predict=" in [m.reason for m in report.not_run if m.code == "SN006"]

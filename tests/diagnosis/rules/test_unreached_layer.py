@@ -45,7 +45,6 @@ class TestNearMisses:
         assert unreached(report) == []
         assert report.not_run == ()
 
-
     def test_a_layer_whose_statistics_a_function_is_given(self) -> None:
         class Lent(Net):
             def forward(self, x: Tensor) -> Tensor:

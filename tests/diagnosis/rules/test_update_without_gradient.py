@@ -30,7 +30,7 @@ def test_validation_after_the_step() -> None:
     assert finding.severity == "error"
     assert finding.paths == ("1", "4")
     assert finding.evidence == {"layers": 2, "updates": 1}
-    assert finding.where == ("steps.py:173",) or finding.where[0].startswith("steps.py:")
+    assert all(line.startswith("steps.py:") for line in finding.where)
 
 
 def test_pseudo_labels_before_it() -> None:
@@ -110,6 +110,25 @@ def test_a_frozen_backbone_is_another_fault() -> None:
         optimizer.step()
 
     assert of(net, train_step, select="SN306,SN001") == {"SN001": ("1",)}
+
+
+def test_inference_in_train_mode_explains_it() -> None:
+    """SN006: the user's own `predict`, called in the step to validate."""
+    net = net_()
+    step = steps.plain(steps.sgd(net))
+
+    def predict(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    def train_step(model: nn.Module, x: Tensor) -> None:
+        step(model, x)
+        predict(model, x)
+
+    given = {"train_step": train_step, "predict": predict}
+    report = check(net, data(16), select="SN006,SN306", **given)
+    assert set(found(report)) == {"SN006"}
+    assert set(found(check(net, data(16), select="SN306", **given))) == {"SN306"}
 
 
 def test_layers_that_do_not_update() -> None:

@@ -170,9 +170,11 @@ class TestTheModelStaysAsItWas:
         calls = {0: 0, 3: 0}
         for i in calls:
             net[i].register_forward_hook(lambda *_, i=i: calls.update({i: calls[i] + 1}))
-        only(net, 255 * unit())
-        assert calls[3] == 4
-        assert calls[0] > 4
+        check(net, 255 * unit(), select="SN105")
+        without = dict(calls)
+        check(net, 255 * unit(), select="SN106")
+        assert calls[3] == 2 * without[3]
+        assert calls[0] > 2 * without[0]
 
 
 class TestNearMisses:
@@ -218,21 +220,27 @@ class TestNearMisses:
         net[1] = nn.InstanceNorm2d(8)
         assert self.codes(estimated(net, unit(128)), 255 * unit()) == set()
 
-    def test_a_grey_image_has_no_order_of_channels(self) -> None:
-        grey = unit().mean(1, keepdim=True).expand(-1, 3, -1, -1)
-        net = estimated(conv_net(), unit(128, 7).mean(1, keepdim=True).expand(-1, 3, -1, -1))
-        assert only(net, 255 * grey).evidence["reversed"] is False
+    @pytest.mark.parametrize("seed", range(6))
+    def test_hardly_coloured_images_have_no_order_of_channels(self, seed: int) -> None:
+        """In one order they fit a little better, by chance."""
+
+        def grey(n: int, seed: int) -> Tensor:
+            colour = unit(n, seed)
+            return 0.98 * colour.mean(1, keepdim=True) + 0.02 * unit(n, 50 + seed)
+
+        net = estimated(conv_net(), grey(128, 7 + seed))
+        assert only(net, 255 * grey(64, seed)).evidence["reversed"] is False
 
 
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet10t"])
 def test_a_real_architecture(name: str) -> None:
     model = make(name)
     estimated(model, normal(unit(64, 7, 32))).eval()
+    both = ("SN105", "SN106")
     right = list(normal(unit(size=32)).split(32))
-    assert "SN106" not in found(check(model, right))
-    report = check(model, list(unit(size=32).split(32)))
-    assert found(report)["SN106"] == (report.layers[0].path,)
-    assert "SN105" not in found(report)
+    assert found(check(model, right, select=both)) == {}
+    report = check(model, list(unit(size=32).split(32)), select=both)
+    assert found(report) == {"SN106": (report.layers[0].path,)}
 
 
 def test_a_frozen_first_norm_of_torchvision_is_a_remark_too() -> None:

@@ -63,6 +63,7 @@ class DominantEps(Rule):
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding about eps 0, and one about small variances."""
+        evidence.must_know("eps")
         without = [layer for layer in evidence.layers if _needs_eps(evidence, layer)]
         if layers := self.unexplained(evidence, without):
             yield self.finding(

@@ -34,8 +34,8 @@ class ExplodingGain(Rule):
     Why it matters:
         A feature that was constant in training, dead at the time, or from a batch of copies: the
         first input that wakes it up drowns all others. Measured: an input off by 0.1 comes out as
-        31.6, and the norm of a network's eval output goes from 12 to 3054. Half precision turns
-        such a channel's variance to zero.
+        31.6, and the norm of a network's eval output goes from 12 to 3054. float16 turns variances
+        below 6e-8 into 0.
 
     When it is fine:
         When the channel can never move (a unit that is dead for every input): where the batches
@@ -65,6 +65,7 @@ class ExplodingGain(Rule):
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding; the layer with the largest gain stands first."""
+        evidence.must_know("eps")
         seen = {
             layer: loud for layer in evidence.layers if (loud := _exploding(evidence, layer)) != {}
         }

@@ -36,7 +36,8 @@ class ExtraForwardUpdates(Rule):
         real weights; and momentum acts several times per step.
 
     When it is fine:
-        When the statistics are estimated anew before eval. Not reported: gradient accumulation,
+        When the statistics are estimated anew before eval, and where a generator makes samples for
+        its discriminator in a forward of its own. Not reported: gradient accumulation,
         multi-crop and Siamese steps, and a discriminator that sees real and fake samples, because
         the gradients of all these forwards are used; what gradient checkpointing repeats (SN301);
         what runs under `no_grad` (SN306).

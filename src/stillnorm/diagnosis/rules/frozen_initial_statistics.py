@@ -76,6 +76,8 @@ def _is_frozen_identity(evidence: Evidence, layer: NormLayer) -> bool:
     in_eval_while_training = evidence.model.training and not layer.module.training
     if not layer.never_estimated or not (evidence.is_held(layer) or in_eval_while_training):
         return False
+    if not layer.num_features:
+        return False
     if evidence.runs is not None:
         return evidence.contradicts_initial(layer)
     return layer.family != "frozen" or not evidence.is_trained(layer)

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.evidence import CannotTell, Evidence
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.rule import Rule
+from stillnorm.errors import StillnormError
 from stillnorm.norms import NormLayer, overrides_train, walk
 from stillnorm.reports.numbers import count
 from stillnorm.state import preserved
@@ -105,23 +106,25 @@ class IgnoredEval(Rule):
             )
 
     def _strays(self, evidence: Evidence) -> Iterator[Finding]:
+        # One row: samples folded into channels, which is instance norm.
         strays = [
             stray
             for stray in evidence.measured.traces["eval"].strays
-            if stray.used == "batch"
-            and stray.shape[0] > 1  # one row: samples folded into channels, which is instance norm
-            and evidence.structure.normalizes_data(stray.site)
+            if stray.used == "batch" and stray.shape[0] > 1
         ]
+        try:
+            strays = [x for x in strays if evidence.structure.normalizes_data(x.site)]
+        except StillnormError as error:
+            raise CannotTell(error.fact) from error
         again = {stray.module for stray in evidence.measured.traces["batch"].strays}
         for kind, (fact, help) in _KINDS.items():
             group = [stray for stray in strays if _kind(stray, again) == kind]
             if group:
-                names = dict.fromkeys(
-                    type(stray.module).__name__ if stray.module else "batch_norm" for stray in group
-                )
+                module = group[0].module
+                name = "batch_norm" if module is None else type(module).__name__
                 yield self.finding(
                     tuple(dict.fromkeys(_path(evidence, stray) for stray in group)),
-                    f"{count(len(group), 'call')} of {', '.join(names)} {fact}",
+                    f"{name} {fact} ({count(len(group), 'call')})",
                     evidence={"kind": kind, "calls": len(group)},
                     help=help,
                     where=tuple(dict.fromkeys(str(s.site) for s in group if s.site)),
@@ -130,16 +133,15 @@ class IgnoredEval(Rule):
 
 _KINDS = {
     "function": (
-        "normalises by the batch in eval mode: its flag training is not the model's",
+        "is called with training=True in eval mode",
         "pass training=self.training, or use a norm layer",
     ),
     "unregistered": (
-        "goes to a layer that the model does not know: eval() and state_dict() pass it by",
+        "is no module of the model: eval() and state_dict() do not reach it",
         "keep norm layers in nn.ModuleList or nn.ModuleDict, not in a plain list or dict",
     ),
     "built in forward": (
-        "goes to a layer that the forward builds anew: it is always in train mode and learns "
-        "nothing",
+        "is built anew in each forward: always in train mode, it learns nothing",
         "build norm layers in __init__",
     ),
 }

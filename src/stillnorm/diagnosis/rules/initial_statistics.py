@@ -77,6 +77,8 @@ class InitialStatistics(Rule):
 def _is_lost(evidence: Evidence, layer: NormLayer) -> bool:
     if not layer.never_estimated or layer.family == "frozen" or evidence.is_held(layer):
         return False  # held: SN004
+    if not layer.num_features:
+        return False
     if evidence.runs is not None:
         return evidence.contradicts_initial(layer)
     return evidence.is_trained(layer)

@@ -23,8 +23,8 @@ class LowPrecisionStatistics(Rule):
 
     What it finds:
         Statistics in float16 or bfloat16 of a layer that updates them in train mode; and of any
-        layer where the type has lost them already: a variance of 0, of less than the smallest
-        normal number, or of infinity.
+        layer where float16 has lost them already: a variance of 0, of less than the smallest normal
+        number, or of infinity.
 
     Why it matters:
         An update moves a value by momentum times the difference. Below half a unit in the last
@@ -36,7 +36,7 @@ class LowPrecisionStatistics(Rule):
     When it is fine:
         A network that only infers: nothing is updated. In eval mode it is therefore a remark, as
         long as no value is lost. Not reported: half-precision inputs to a float32 layer, which is
-        how autocast and `stillnorm.repair.to_float32` leave it; held layers without lost values.
+        how autocast and `sn.repair.to_float32` leave it; held layers without lost values.
 
     Example:
         >>> from torch import nn
@@ -58,6 +58,7 @@ class LowPrecisionStatistics(Rule):
     slug = "low-precision-statistics"
     severity = "warning"
     needs = ("state",)
+    explains = ("SN104",)
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding; layers that have lost values stand first."""
@@ -86,7 +87,7 @@ class LowPrecisionStatistics(Rule):
                 ),
                 "llr",
             ),
-            help="keep norm layers in float32: stillnorm.repair.to_float32(model)",
+            help="keep norm layers in float32: sn.repair.to_float32(model)",
             fix=Fix("the whole layer to float32", "unsafe", "float32", paths),
             where=evidence.where(*layers),
         )
@@ -101,8 +102,8 @@ def _is_half(layer: NormLayer) -> bool:
 def _lost(evidence: Evidence, layer: NormLayer) -> int:
     """Return in how many channels the type has lost the variance."""
     var: Tensor | None = evidence.statistics[layer.path][1]
-    if var is None or var.is_meta or var.dtype not in _HALF:
-        return 0
+    if var is None or var.is_meta or var.dtype != torch.float16:
+        return 0  # bfloat16 has the range of float32
     return int(((var.abs() < torch.finfo(var.dtype).tiny) | var.isinf()).sum())
 
 

@@ -43,7 +43,9 @@ class MisencodedVariance(Rule):
         the root of the factor are those of an input of another scale, not of an encoding.
 
         At least 8 channels and 32 samples, and for a slope variances that differ three times as
-        much as their sampling errors; otherwise SN105 speaks.
+        much as their sampling errors; otherwise SN105 speaks. Measured by
+        benchmarks/data_rules.py on 80 networks: none named as they are, none on data of another
+        domain, none with statistics moved at random.
 
     Why it matters:
         The file loads without complaint, every shape is right, and training by batch statistics

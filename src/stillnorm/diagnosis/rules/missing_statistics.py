@@ -18,6 +18,7 @@ from stillnorm.reports.numbers import count
 
 _BATCH_NORM = re.compile(r"(^|_)bn\d*($|_)|batch_?norm", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+")
+_SHARD = re.compile(r"\d-of-\d")  # model-00001-of-00003.safetensors
 
 
 class MissingStatistics(Rule):
@@ -35,10 +36,12 @@ class MissingStatistics(Rule):
 
     When it is fine:
         A checkpoint that is a part on purpose and is loaded over a whole model. Not reported:
-        LayerNorm, GroupNorm and RMSNorm, which have no statistics. Where *no* layer of a checkpoint
-        has any, weight and bias alone do not tell batch norm from a GroupNorm in its place (timm's
-        `resnet50_gn` has the keys of a ResNet): the rule then says that it cannot tell, and
-        `--weights` on the model itself does.
+        LayerNorm, GroupNorm and RMSNorm, which have no statistics: of 493 models of timm, fresh,
+        none is. (By namesakes alone CoAtNets would be, whose `norm1` is now the one, now the
+        other; so the name has to say batch norm.) One file of several cannot be decided. Where *no*
+        layer of a checkpoint has any, weight and bias alone do not tell batch norm from a GroupNorm
+        in its place (timm's `resnet50_gn` has the keys of a ResNet): the rule then says that it
+        cannot tell, and `--weights` on the model itself does.
 
     Example:
         >>> from torch import nn
@@ -67,6 +70,8 @@ class MissingStatistics(Rule):
         file = evidence.request.file
         if file is None or file.kind != "checkpoint":
             return  # a graph that lacked a tensor would not run
+        if _SHARD.search(file.name):
+            raise CannotTell("the rest of the checkpoint is in other files")
         layers = {path: layer for path, layer in _layers(file.state).items() if layer.is_norm}
         whole = {_pattern(path) for path, layer in layers.items() if layer.is_whole}
         lacking = {

@@ -41,7 +41,7 @@ class NegativeVariance(Rule):
 
     Fix:
         Unsafe: `sn.recalibrate` on the batches given, which does not use the old values. Without
-        data `stillnorm.repair.clamp_variance` makes the output finite, not right.
+        data `sn.repair.clamp_variance` makes the output finite, not right.
 
     References:
         pytorch/pytorch#90342 (a forum's "NaN, negative running_var"); timgaripov/swa#8;

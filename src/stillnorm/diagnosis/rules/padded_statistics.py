@@ -16,7 +16,7 @@ from stillnorm.diagnosis.rule import Rule
 from stillnorm.errors import StillnormError
 from stillnorm.norms import NormLayer
 from stillnorm.reports.numbers import count, short
-from stillnorm.tracing import call, copied, looking, tensors_in, visits
+from stillnorm.tracing import call, copied, looking, strangers_kept, tensors_in, visits
 
 
 class PaddedStatistics(Rule):
@@ -114,7 +114,7 @@ def _look(evidence: Evidence) -> dict[NormLayer, _Padding]:
             found[layer] = padding
 
     try:
-        with looking(model), visits(enter, lambda *_: None):
+        with looking(model), strangers_kept(model), visits(enter, lambda *_: None):
             model.eval()
             call(model, copied(runs.batches[0]), runs.forward)
     except StillnormError as error:
@@ -132,7 +132,7 @@ def _padding(x: Tensor, samples: int, eps: float) -> _Padding | None:
     if bool((ends == ends[0]).all()):  # all alike: a margin, or no padding at all
         return None
     length = rows.shape[-1]
-    valid = torch.arange(length, device=rows.device) < (length - ends)[:, None]  # (N, L)
+    valid = torch.arange(length) < (length - ends)[:, None]  # (N, L)
     if not valid.any():
         return None
     every, kept = rows.movedim(1, 0).flatten(1), rows.permute(1, 2, 0, 3)[:, :, valid].flatten(1)
@@ -144,12 +144,12 @@ def _padding(x: Tensor, samples: int, eps: float) -> _Padding | None:
 
 
 def _as_sequences(x: Tensor, samples: int) -> Tensor | None:
-    """Return (N, C, M, L) in double precision, L being the axis that padding is on."""
+    """Return (N, C, M, L) in double precision on the CPU, L being the axis that padding is on."""
     if x.dim() == 2 and samples and len(x) % samples == 0 and len(x) > samples:
         x = x.reshape(samples, -1, x.shape[1]).transpose(1, 2)
     if x.dim() < 3 or x.shape[-1] <= 2 or len(x) <= 1 or not x.is_floating_point():
         return None
-    return x.double().reshape(*x.shape[:2], -1, x.shape[-1])
+    return x.cpu().double().reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def _constant(x: Tensor) -> Tensor:

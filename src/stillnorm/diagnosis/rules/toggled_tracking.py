@@ -39,7 +39,7 @@ class ToggledTracking(Rule):
 
     Fix:
         Unsafe: the flag goes on again, and the statistics are estimated from the batches given
-        (`stillnorm.repair.track_statistics`). Where statistics that stand still were the aim:
+        (`sn.track_statistics`). Where statistics that stand still were the aim:
         `sn.freeze`.
 
     References:
@@ -65,8 +65,7 @@ class ToggledTracking(Rule):
             "statistics that no longer move",
             evidence={"layers": len(layers), "mismatched": stale},
             note="" if stale is None else _what_data_say(stale, len(layers)),
-            help="track_running_stats = True, then sn.recalibrate(model, batches); for statistics "
-            "that stand still, sn.freeze",
+            help="sn.track_statistics(model, batches); for statistics that stand still, sn.freeze",
             fix=Fix("track and estimate the statistics", "unsafe", "track", paths)
             if paths
             else None,
@@ -76,8 +75,7 @@ class ToggledTracking(Rule):
 
 def _is_toggled(evidence: Evidence, layer: NormLayer) -> bool:
     return (
-        layer.family == "batch"
-        and layer.has_statistics
+        layer.has_statistics
         and getattr(layer.module, "track_running_stats", True) is False
         and evidence.trains_by_batch(layer)
     )

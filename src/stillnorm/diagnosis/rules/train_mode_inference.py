@@ -64,7 +64,7 @@ class TrainModeInference(Rule):
     code = "SN006"
     slug = "train-mode-inference"
     severity = "error"
-    needs = ("forward", "predict")
+    needs = ("predict",)
     explains = ("SN306",)
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:

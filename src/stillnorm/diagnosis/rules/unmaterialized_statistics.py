@@ -84,7 +84,7 @@ class UnmaterializedStatistics(Rule):
                 tuple((x.path or "(root)", sign) for x, sign in list(signs.items())[:SHOWN]),
                 "ll",
             ),
-            help="load a checkpoint that has the buffers, or stillnorm.repair.reset_statistics "
+            help="load a checkpoint that has the buffers, or sn.repair.reset_statistics "
             "and sn.recalibrate(model, batches)",
             fix=self.estimation(evidence, signs),
             where=evidence.where(*signs),

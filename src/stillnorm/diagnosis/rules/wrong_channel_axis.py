@@ -61,7 +61,7 @@ class WrongChannelAxis(Rule):
         shapes = {
             seen.layer.module: seen.shape
             for seen in received
-            if seen.layer is not None and len(seen.shape) == 3 and seen.origin.features_last
+            if seen.layer is not None and seen.origin.features_last
         }
         layers = [
             layer

@@ -50,7 +50,8 @@ class WrongInputScale(Rule):
         and less than a quarter of the distance without it; of those as good, the simplest.
 
         Images are (N, 3, H, W). At least 32 are needed. Where no change helps, SN105 reports.
-        Measured by benchmarks/data_rules.py.
+        Measured by benchmarks/data_rules.py on 40 image networks: none named as they are, none with
+        each channel scaled and moved at random, none with statistics that are stale.
 
     Why it matters:
         In train mode the first norm takes any scale back out, so that training on other inputs

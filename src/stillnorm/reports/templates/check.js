@@ -31,7 +31,7 @@ function inWords(layer) {
   return [
     `${nameOf(layer)}  ${layer.kind}(${layer.features})`,
     Number.isNaN(errors) ? missing : `${told(layer)} standard errors${errors < noise ? ", noise" : ""}`,
-    layers[first] === layer ? "first that diverges" : "",
+    layers[first] === layer ? "first to diverge" : "",
     layer.held && "held",
     ...calls(layer),
   ].filter(Boolean).join(" · ");

@@ -73,17 +73,17 @@ function scatter(title, points, { log, least, unit }) {
     figure.append(element("p", { class: "dim" }, "nothing that can be drawn"));
     return figure;
   }
+  const level = usable.every((p) => p.x === usable[0].x); // never estimated: then side by side
   const scale = (x) => (log ? Math.log10(Math.max(x, 1e-30)) : x);
-  const axis = (values, reach, from, to) => {
-    const room = values.length ? 0.06 * (Math.max(...values) - Math.min(...values)) : 0;
+  const axis = (values, reach, from, to, log) => {
+    const room = 0.06 * (Math.max(...values) - Math.min(...values)) || 0.5;
     const low = Math.min(...values, -reach) - room, high = Math.max(...values, reach) + room;
     const at = (x) => (from + ((Math.min(Math.max(x, low), high) - low) / (high - low || 1)) * (to - from)).toFixed(1);
-    return { at, place: (x) => at(scale(x)), ticks: ticksOf(low, high, log) };
+    return { at, ticks: ticksOf(low, high, log) };
   };
-  const xs = usable.map((p) => scale(p.x)), middle = (Math.min(...xs) + Math.max(...xs)) / 2;
-  const wide = Math.max(...xs) - Math.min(...xs) || Math.abs(middle) || 1;
-  const x = axis([middle - 0.5 * wide, middle + 0.5 * wide], -Infinity, left, across - right);
-  const y = axis(usable.map((p) => scale(p.y)), scale(least), up - bottom, top);
+  const along = (p) => (level ? p.channel : scale(p.x));
+  const x = axis(usable.map(along), -Infinity, left, across - right, log && !level);
+  const y = axis(usable.map((p) => scale(p.y)), scale(least), up - bottom, top, log);
   const drawn = shape("svg", { viewBox: `0 0 ${across} ${up}`, class: "scatter", role: "img",
     "aria-label": `${title}: ${points.filter((p) => p.far).length} of ${points.length} marks beyond noise` });
   for (const [tick, text] of x.ticks) {
@@ -98,11 +98,11 @@ function scatter(title, points, { log, least, unit }) {
   }
   drawn.append(
     shape("path", { class: "same", d: `M${left} ${y.at(0)}H${across - right}` }),
-    shape("text", { x: across - right, y: up - 3, class: "end axis" }, `running ${title}`));
+    shape("text", { x: across - right, y: up - 3, class: "end axis" }, level ? "channel" : `running ${title}`));
   for (const p of [...usable].reverse()) {
     drawn.append(
-      shape("path", { class: p.far ? "bar far" : "bar", d: `M${x.place(p.x)} ${y.place(p.y - 2 * p.error)}V${y.place(p.y + 2 * p.error)}` }),
-      shape("path", { class: p.far ? "dot far" : "dot", transform: `translate(${x.place(p.x)} ${y.place(p.y)})`, d: DOTS[p.at].path },
+      shape("path", { class: p.far ? "bar far" : "bar", d: `M${x.at(along(p))} ${y.at(scale(p.y - 2 * p.error))}V${y.at(scale(p.y + 2 * p.error))}` }),
+      shape("path", { class: p.far ? "dot far" : "dot", transform: `translate(${x.at(along(p))} ${y.at(scale(p.y))})`, d: DOTS[p.at].path },
         shape("title", {}, p.told)));
   }
   figure.append(drawn);

@@ -1,0 +1,12 @@
+"""torchvision's architectures, healthy: nothing is found in them but what is true."""
+
+from __future__ import annotations
+
+import pytest
+
+from diagnosis.healthy.silent import assert_silent, names
+
+
+@pytest.mark.parametrize("name", names("torchvision"))
+def test_silent(name: str) -> None:
+    assert_silent(name)
