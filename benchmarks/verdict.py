@@ -3,11 +3,11 @@
     python benchmarks/verdict.py [seeds]
 
 A small network for scikit-learn's digits comes into a situation; `check` sees 128 samples of it, in
-batches of the size given, with accuracy as the score and without. Then it is trained on with
-4096 samples: by batch statistics (train) or with the running statistics held (freeze), as they are or
-after `recalibrate` on the training set; each with the best of three learning rates, for a frozen network wants a smaller one. Printed are the accuracies
-on held-out digits in eval mode, mean over seeds, and how often the verdict named one of the ways
-that came within two points of the best.
+batches of the size given, with accuracy as the score and without. Then it is trained on with 4096
+samples: by batch statistics (train) or with the running statistics held (freeze), as they are or
+after `recalibrate` on the training set; each with the best of three learning rates, for a frozen
+network wants a smaller one. Printed are the accuracies on held-out digits in eval mode, mean over
+seeds, and how often the verdict named one of the ways that came within two points of the best.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Situation:
     is_pure: bool = False
 
     def steps(self, n: int, seed: int) -> list[Tensor]:
+        """Return the indices of n batches."""
         if not self.is_pure:
             return self.train_set.shuffled(self.size, n, seed)
         of_class = [torch.nonzero(self.train_set.y == k).flatten() for k in range(10)]
@@ -168,10 +169,8 @@ def main() -> None:
             f"{' or '.join(found)} ({n} of {seeds})"
             for found, n in zip(answers, right, strict=True)
         )
-        print(
-            f"{name:31}  {train}  {freeze}         {'   '.join(recalibrated)}   {' | '.join(shown)}",
-            flush=True,
-        )
+        after = "   ".join(recalibrated)
+        print(f"{name:31}  {train}  {freeze}         {after}   {' | '.join(shown)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
         ├── CallError                  also TypeError: a function given to check cannot be used
         ├── CalibrationError           also ValueError: the data cannot give statistics
         ├── RepairError                also ValueError: a repair that cannot be meant
+        ├── PortError                  also ValueError: two models that are not the same
         ├── VerifyError                also AssertionError: a layer moved or is not frozen
         ├── RuleError                  also ValueError: no rule has that code or slug
         ├── FindingsError              also AssertionError: findings at or above a severity
@@ -71,6 +72,10 @@ class CalibrationError(StillnormError, ValueError):
 
 class RepairError(StillnormError, ValueError):
     """A repair that was asked for something it cannot be meant to do."""
+
+
+class PortError(StillnormError, ValueError):
+    """Models of two frameworks that are not the same, layer by layer or in what they compute."""
 
 
 class VerifyError(StillnormError, AssertionError):

@@ -45,7 +45,7 @@ def test_select_and_ignore_choose_the_rules() -> None:
 
 def test_rules_that_need_batches_are_listed_as_not_run_without_them() -> None:
     report = check(ill())
-    forward = {c for c, rule in CODES.items() if "forward" in rule.needs and not rule.preview}
+    forward = {c for c, rule in CODES.items() if rule.needs == ("forward",) and not rule.preview}
     assert {m.code for m in report.not_run if m.reason == "needs batches"} == forward
     assert (report.head, report.verdict, report.data) == (None, None, None)
     assert not forward & {missed.code for missed in check(ill(), batches()).not_run}

@@ -197,3 +197,11 @@ def test_an_error_at_any_step_leaves_no_trace(
     monkeypatch.undo()
     assert interruption.calls >= nth
     assert not Fingerprint(model, versions=False).differences(before)
+
+
+def test_only_before_the_norms_that_are_chosen() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    report = absorb_bias(net, torch.randn(16, 4), "3")
+    assert report.repaired == (("2", "bias into 3"),)
+    assert report.refused == ()
+    assert net[0].bias is not None

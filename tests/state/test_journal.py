@@ -389,7 +389,7 @@ class Noting(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2))
         self.counts = Counts()
-        self.bank = collections.OrderedDict(a=[torch.zeros(2)])
+        self.bank = collections.OrderedDict(a=[torch.zeros(2)], c=1)
         self.names = {"a"}
         self.generator = torch.Generator().manual_seed(3)
         self.itself = [self]  # a cycle
@@ -399,7 +399,6 @@ class Noting(nn.Module):
         self.counts.steps += 1
         self.bank["a"].append(torch.rand(2, generator=self.generator))
         self.bank["a"][0].add_(1)
-        self.bank["b"] = [1]
         self.bank.move_to_end("a")
         self.names.add("b")
         return self.weight.sum()
@@ -411,7 +410,7 @@ def test_attributes_of_the_models_own() -> None:
     with unchanged(net), put_back(net):
         net().backward()
     assert net.counts.steps == 0
-    assert list(net.bank) == ["a"]
+    assert list(net.bank) == ["a", "c"]
     assert len(net.bank["a"]) == 1
     assert torch.equal(net.generator.get_state(), drawn)
 

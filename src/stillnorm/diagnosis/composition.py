@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from stillnorm.diagnosis.answers import compare
 from stillnorm.state import eval_mode, preserved
-from stillnorm.tracing import batch_size, call
+from stillnorm.tracing import batch_size, call, strangers_kept
 
 if TYPE_CHECKING:
     from stillnorm.diagnosis.evidence import Evidence
@@ -34,7 +34,7 @@ def batch_dependence(evidence: Evidence) -> float | None:
     half = range(size // 2)
     if not half:
         return None
-    with preserved(model), torch.no_grad(), eval_mode(model):
+    with preserved(model), strangers_kept(model), torch.no_grad(), eval_mode(model):
         whole = call(model, batch, forward)
         try:
             alone = call(model, taken(batch, half, size), forward)

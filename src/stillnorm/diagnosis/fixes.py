@@ -142,7 +142,8 @@ def _absorb(work: _Work, layers: Sequence[NormLayer], option: Option) -> None:
     def run(model: nn.Module, batch: object) -> object:
         return call(model, batch, work.forward)
 
-    work.undo.callback(absorb_bias(work.model, work.batches[0], forward=run).undo)
+    report = absorb_bias(work.model, work.batches[0], _modules(layers), forward=run)
+    work.undo.callback(report.undo)
 
 
 def _track(work: _Work, layers: Sequence[NormLayer], option: Option) -> None:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from stillnorm.diagnosis.runs import Runs
 from stillnorm.state import eval_mode, preserved
-from stillnorm.tracing import call
+from stillnorm.tracing import call, strangers_kept
 
 
 def fed_by(
@@ -34,7 +34,7 @@ def fed_by(
         if _carries_gradient(args):
             fed.add(module)
 
-    with preserved(model), eval_mode(model), torch.enable_grad():
+    with preserved(model), strangers_kept(model), eval_mode(model), torch.enable_grad():
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() and id(parameter) in chosen)
         noted = register_module_forward_pre_hook(note)

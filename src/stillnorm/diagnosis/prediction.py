@@ -23,7 +23,7 @@ from stillnorm.diagnosis.request import Request
 from stillnorm.errors import CallError
 from stillnorm.norms import NormalizesBy, NormLayer, same_bits
 from stillnorm.state import put_back
-from stillnorm.tracing import copied, eager, first_line, tensors_in
+from stillnorm.tracing import copied, eager, first_line, strangers_kept, tensors_in
 from stillnorm.tracing.kernels import kernel_of
 from stillnorm.tracing.visits import visits
 
@@ -93,7 +93,7 @@ def _ask(request: Request, batch: object) -> object:
 @contextlib.contextmanager
 def _put_back(request: Request) -> Iterator[None]:
     """Put everything back after the block, in which compiled code runs as written: hooks fire."""
-    with put_back(request.model, *request.restore), eager():
+    with put_back(request.model, *request.restore), strangers_kept(request.model), eager():
         yield
 
 

@@ -16,8 +16,8 @@ from stillnorm.diagnosis.checkpoint import Target, opened
 from stillnorm.diagnosis.codes import Names, choose
 from stillnorm.diagnosis.evidence import CannotTell, Evidence
 from stillnorm.diagnosis.finding import SEVERITIES, Finding
-from stillnorm.diagnosis.peers import gather
 from stillnorm.diagnosis.gap import explain_gap
+from stillnorm.diagnosis.peers import gather
 from stillnorm.diagnosis.report import Crash, Data, Layer, NotRun, Report
 from stillnorm.diagnosis.request import Predict, Request, Score, TrainStep
 from stillnorm.diagnosis.runs import run_flows

@@ -33,6 +33,7 @@ from stillnorm.tracing import (
     call,
     each_batch,
     looking,
+    strangers_kept,
     tensors_in,
     trace,
 )
@@ -176,7 +177,7 @@ def run_flows(request: Request, max_batches: int | None) -> Runs:
 def scored_in_eval(request: Request, runs: Runs) -> float:
     """Run the batches in eval mode and return the user's score, the model as it is now."""
     scores: list[float] = []
-    with looking(request.model):
+    with looking(request.model), strangers_kept(request.model):
         request.model.eval()
         for batch in runs.batches:
             output = call(request.model, batch, request.forward)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stillnorm.errors import BatchError, StateError
 from stillnorm.holding.folding import is_convolutional
-from stillnorm.norms import NormLayer, find_norms, walk
+from stillnorm.norms import Layers, NormLayer, find_norms, select, walk
 from stillnorm.repair.statistics import RepairReport
 from stillnorm.repair.surgery import Surgery, refuse_wrapped
 from stillnorm.state import eval_mode, preserved
@@ -39,7 +39,11 @@ _ROUNDING = 256
 
 
 def absorb_bias(
-    model: nn.Module, example: object, *, forward: Forward | None = None
+    model: nn.Module,
+    example: object,
+    layers: Layers = None,
+    *,
+    forward: Forward | None = None,
 ) -> RepairReport:
     """Move biases of convolutions and linear layers into the running means of the norms after them.
 
@@ -51,6 +55,7 @@ def absorb_bias(
         model: The model.
         example: What `torch.export` takes: a tensor, a tuple of arguments, a mapping. It shows who
             feeds whom.
+        layers: Before which norms; see `select`.
         forward: ``(model, example) -> output``, where that is not the call.
 
     Returns:
@@ -61,6 +66,7 @@ def absorb_bias(
         StateError: The model is wrapped for distributed training; or its output in eval mode moves
             by more than rounding.
         BatchError: The example does not fit the model, or has too few samples for train mode.
+        SelectorError: `layers` matches nothing.
 
     Mutates:
         `running_mean` of the norms, in place; the layers' `bias` is None, as if they had been made
@@ -77,7 +83,7 @@ def absorb_bias(
         >>> net[0].bias is None
         True
     """
-    found, refused = absorbable_biases(model, example, forward=forward)
+    found, refused = absorbable_biases(model, example, layers, forward=forward)
     before = _output(model, example, forward)
     with Surgery() as surgery:
         for one in found:
@@ -108,13 +114,18 @@ class Absorbable:
 
 
 def absorbable_biases(
-    model: nn.Module, example: object, *, forward: Forward | None = None
+    model: nn.Module,
+    example: object,
+    layers: Layers = None,
+    *,
+    forward: Forward | None = None,
 ) -> tuple[tuple[Absorbable, ...], tuple[tuple[str, str], ...]]:
     """Find the biases that `absorb_bias` would move, changing nothing.
 
     Args:
         model: The model.
-        example: See `absorb_bias`, as of `forward`.
+        example: See `absorb_bias`, as of `layers` and `forward`.
+        layers: Before which norms.
         forward: ``(model, example) -> output``.
 
     Returns:
@@ -125,7 +136,7 @@ def absorbable_biases(
         BatchError: The example has too few samples for train mode.
     """
     refuse_wrapped(model)
-    norms = find_norms(model)
+    norms, chosen = find_norms(model), {norm.module for norm in select(model, layers)}
     ways = [_links(model, norms, example, forward, training) for training in (False, True)]
     found: list[Absorbable] = []
     refused: list[tuple[str, str]] = []
@@ -134,7 +145,7 @@ def absorbable_biases(
     for path, module, _ in {m: (p, m, a) for p, m, a in walk(model)}.values():
         bias = getattr(module, "bias", None) if is_convolutional(module) else None
         after = _norms_after(_outputs_of(module, ways[0]), by_module)
-        if bias is None or not after:
+        if bias is None or not after or after[0].module not in chosen:
             continue
         norm = after[0]
         reasons = (_why_not(module, seen, norm, by_module, owners) for seen in ways)

@@ -20,6 +20,11 @@ from stillnorm.norms import NormLayer, find_norms
 from support.architectures import ARCHITECTURES, Architecture, Forward
 from support.zoo import images, torchvision
 
+BasicBlock, BasicStem, Conv3DSimple, VideoResNet = (
+    getattr(torchvision.models.video.resnet, name)
+    for name in ("BasicBlock", "BasicStem", "Conv3DSimple", "VideoResNet")
+)
+
 MODELS: dict[str, Architecture] = {
     "torchvision/resnet18": ARCHITECTURES["torchvision/resnet18"],
     "timm/lcnet_050": ARCHITECTURES["timm/lcnet_050"],  # depthwise, norms that hold activations
@@ -29,8 +34,8 @@ MODELS: dict[str, Architecture] = {
         lambda: torchvision.models.DenseNet(16, (2, 3, 2), 32, num_classes=10),
         lambda n, seed: images(n, seed=seed, size=32),
     ),
-    "torchvision/r3d_18": Architecture(  # 3-D
-        ARCHITECTURES["torchvision/r3d_18"].make,
+    "torchvision/r3d": Architecture(  # 3-D
+        lambda: VideoResNet(BasicBlock, [Conv3DSimple] * 4, [1, 1, 1, 1], BasicStem, 10),
         lambda n, seed: images(2 * n, seed, size=24).reshape(n, 2, 3, 24, 24).transpose(1, 2),
     ),
     # In place of those above where a fault needs an image, or a layer that holds modules.
@@ -39,7 +44,7 @@ MODELS: dict[str, Architecture] = {
     "timm/resnet10t": ARCHITECTURES["timm/resnet10t"],
 }
 ALL = tuple(MODELS)[:6]
-IMAGES = tuple(name for name in MODELS if name not in ("here/signal", "torchvision/r3d_18"))[:5]
+IMAGES = tuple(name for name in MODELS if name not in ("here/signal", "torchvision/r3d"))[:5]
 
 # The architecture on which fixes are applied.
 REPAIRED = "transformers/resnet"

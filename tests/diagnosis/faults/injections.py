@@ -50,7 +50,7 @@ def freeze_parameters_up_to(it: Subject) -> tuple[str, ...]:
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
         if module is last.module:
-            return it.paths[: it.layers.index(last) + 1]
+            return it.paths[: it.paths.index(last.path) + 1]
     raise AssertionError
 
 
@@ -178,13 +178,13 @@ def cumulative_momentum(it: Subject) -> Case:
 
 
 def a_deviation_for_a_variance(it: Subject) -> Case:
-    layer = widest_in_variance(it)
+    layer = unlike_in_variance(it)
     layer.module.running_var.sqrt_()
     return it.case(layer.path)
 
 
 def an_inverse_for_a_variance(it: Subject) -> Case:
-    layer = widest_in_variance(it)
+    layer = unlike_in_variance(it)
     layer.module.running_var.add_(layer.eps).reciprocal_()
     return it.case(layer.path)
 
@@ -197,11 +197,13 @@ def all_variances_times_ten(it: Subject) -> Case:
 
 def no_eps(it: Subject) -> Case:
     it.victim.module.eps = 0.0
-    return it.case(it.victim.path)
+    return Case(it.model, (it.victim.path,))
 
 
 def large_eps(it: Subject) -> Case:
+    """The network was made with it, and a port to torch's own eps would differ."""
     it.victim.module.eps = 2 * float(it.victim.running_var.max())
+    it.recalibrate()
     return it.case(it.victim.path)
 
 
@@ -227,7 +229,7 @@ def made_under_inference_mode(it: Subject) -> Case:
 
 def few_updates(it: Subject) -> Case:
     """Three updates at momentum 0.1 leave 73 % of the initial values."""
-    layer = max(it.layers, key=lambda x: float(x.running_var.log().square().mean()))
+    layer = unlike_in_variance(it)
     left = 0.9**3
     layer.module.running_mean *= 1 - left
     layer.module.running_var.mul_(1 - left).add_(left)
@@ -250,6 +252,17 @@ def in_bfloat16(it: Subject) -> Case:
 def widest_in_variance(it: Subject) -> NormLayer:
     """Return the layer whose channels differ most in variance."""
     return max(it.layers, key=lambda x: float(x.running_var.log().std()))
+
+
+def unlike_in_variance(it: Subject) -> NormLayer:
+    """Give the channels before a norm scales of their own, as training does; return the norm."""
+    conv, layer = convolution_and_norm(it)
+    scale = torch.randn(layer.num_features).mul(1.5).exp()
+    with torch.no_grad():
+        conv.weight *= scale.view(-1, *[1] * (conv.weight.dim() - 1))
+    layer.module.running_mean *= scale
+    layer.module.running_var *= scale.square()
+    return layer
 
 
 # --------------------------------------------------------------------------- structure

@@ -25,7 +25,15 @@ from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Table
 from stillnorm.reports.numbers import short
-from stillnorm.tracing import call, copied, is_sharded, looking, read, tensors_in
+from stillnorm.tracing import (
+    call,
+    copied,
+    is_sharded,
+    looking,
+    read,
+    strangers_kept,
+    tensors_in,
+)
 from stillnorm.tracing.samples import sample_moments
 
 MOST = 64  # samples that are tried: twice what a finding needs
@@ -274,7 +282,7 @@ def _try(evidence: Evidence, first: NormLayer, changes: list[_Change]) -> dict[_
     """Measure the first norm's distance under each change, running the model as far as that."""
     mean, var, instance = first.running_mean, first.running_var, first.family == "instance"
     found = {}
-    with looking(evidence.model):
+    with looking(evidence.model), strangers_kept(evidence.model):
         evidence.model.eval()
         first.module.register_forward_pre_hook(_stop, with_kwargs=True)  # `looking` takes it off
         for change in changes:

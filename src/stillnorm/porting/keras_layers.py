@@ -1,0 +1,263 @@
+"""The layers of a Keras 3 model that have weights. The one file here that imports Keras.
+
+Keras keeps kernels as (*k, in, out) and knows its backend's tensors only; what this file gives and
+takes is torch's, in torch's layout, on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import keras
+import torch
+from keras import layers
+from torch import Tensor
+
+from stillnorm.porting.algebra import (
+    channels_first,
+    channels_last,
+    depthwise_to_keras,
+    depthwise_to_torch,
+    kernel_to_keras,
+    kernel_to_torch,
+)
+from stillnorm.porting.part import Geometry
+
+_CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
+_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+_DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+_SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
+# What hands every feature on in its place, so that the one before tells their order.
+_ELEMENTWISE = (
+    layers.Activation,
+    layers.ActivityRegularization,
+    layers.BatchNormalization,
+    layers.Dropout,
+    layers.ELU,
+    layers.GaussianDropout,
+    layers.GaussianNoise,
+    layers.LeakyReLU,
+    layers.ReLU,
+)
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A Keras variable, and how its value becomes torch's and back."""
+
+    variable: Any
+    to_torch: Map = lambda value: value
+    to_keras: Map = lambda value: value
+
+
+@dataclass(frozen=True, eq=False)
+class KerasPart:
+    """A layer, or the half of a separable convolution, as the torch layer that does the same.
+
+    Args:
+        name: Its name, those of the layers around it before it: "encoder/conv1".
+        layer: The Keras layer.
+        geometry: What its torch twin must be.
+        stored: Its variables by torch's names; absent what the layer does without.
+    """
+
+    name: str
+    layer: Any
+    geometry: Geometry
+    stored: Mapping[str, Stored] = field(repr=False)
+
+    def read(self, name: str) -> Tensor | None:
+        """Return a value as torch has it; None where the layer has none."""
+        one = self.stored.get(name)
+        return None if one is None else one.to_torch(read(one.variable)).contiguous()
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Write a value that is as torch has it."""
+        one = self.stored[name]
+        assign(one.variable, one.to_keras(value.detach().cpu()))
+
+
+def read(variable: Any) -> Tensor:
+    """Return a copy of a variable's value."""
+    dtype = variable.dtype
+    if dtype == "bfloat16":  # NumPy has none
+        variable = keras.ops.cast(variable, "float32")
+    value = torch.tensor(keras.ops.convert_to_numpy(variable))
+    return value.bfloat16() if dtype == "bfloat16" else value
+
+
+def assign(variable: Any, value: Tensor) -> None:
+    """Write a value into a variable, in place on the torch backend."""
+    half = value.dtype == torch.bfloat16
+    variable.assign((value.float() if half else value).contiguous().numpy())
+
+
+def is_keras_model(model: object) -> bool:
+    """Tell whether this is a Keras layer or model."""
+    return isinstance(model, layers.Layer)
+
+
+def is_built(model: Any) -> bool:
+    """Tell whether the model and its layers have their variables."""
+    return all(layer.built for _, layer in _walk(model))
+
+
+def parts_of(model: Any) -> tuple[list[KerasPart], list[tuple[str, str]]]:
+    """Return the layers that can be ported, in the model's order; (name, reason) of the others."""
+    parts: list[KerasPart] = []
+    others: list[tuple[str, str]] = []
+    for name, layer in _walk(model):
+        found = list(_parts(name, layer))
+        known = {id(one.variable) for part in found for one in part.stored.values()}
+        if extra := [weight for weight in _own(layer) if id(weight) not in known]:
+            kind = type(layer).__name__
+            what = f"a {kind}" if not found else f"a {kind} with more than kernel and bias"
+            names = ", ".join(weight.name for weight in extra[:3])
+            if not isinstance(layer, layers.BatchNormalization):  # renorm: refused where it matters
+                others.append((name, f"{what} in Keras: its {names} cannot be ported"))
+                continue
+        parts += found
+    return parts, others
+
+
+def _walk(model: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every layer once, with its name."""
+    seen: set[int] = set()
+
+    def inside(layer: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if id(layer) in seen:
+            return
+        seen.add(id(layer))
+        yield name, layer
+        for child in _children(layer):
+            yield from inside(child, f"{name}/{child.name}" if layer is not model else child.name)
+
+    yield from inside(model, model.name)
+
+
+def _children(layer: Any) -> list[Any]:
+    if isinstance(layer, keras.Model):
+        return list(layer.layers)
+    return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+def _own(layer: Any) -> list[Any]:
+    """Return the weights of a layer that no layer in it has."""
+    inside = {id(weight) for child in _children(layer) for weight in child.weights}
+    return [weight for weight in layer.weights if id(weight) not in inside]
+
+
+def _parts(name: str, layer: Any) -> Iterator[KerasPart]:
+    """Yield what torch layers a Keras layer is; nothing for an unknown one."""
+    # With LoRA or quantisation the kernel is a value computed from other variables.
+    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
+        return
+    if isinstance(layer, layers.BatchNormalization):
+        yield _batch_norm(name, layer)
+    elif isinstance(layer, layers.Dense):
+        shape = flattened(layer)
+        into = _kernel(layer.kernel) if shape is None else _after_flatten(layer.kernel, shape)
+        geometry = Geometry("dense", tuple(layer.kernel.shape[::-1]), layer.bias is not None)
+        yield KerasPart(name, layer, geometry, {"weight": into, **_bias(layer.bias)})
+    elif isinstance(layer, _DEPTHWISE):
+        yield _depthwise(name, layer, layer.kernel, layer.bias)
+    elif isinstance(layer, _SEPARABLE):
+        yield _depthwise(f"{name}/depthwise", layer, layer.depthwise_kernel, None)
+        ones = (1,) * layer.rank
+        pointwise = Geometry(
+            "convolution", _shape(layer.pointwise_kernel), layer.bias is not None, ones, ones
+        )
+        stored = {"weight": _kernel(layer.pointwise_kernel), **_bias(layer.bias)}
+        yield KerasPart(f"{name}/pointwise", layer, pointwise, stored)
+    elif isinstance(layer, (*_CONVOLUTIONS, *_TRANSPOSED)):
+        geometry = Geometry(
+            "transposed convolution" if isinstance(layer, _TRANSPOSED) else "convolution",
+            _shape(layer.kernel),
+            layer.bias is not None,
+            tuple(layer.strides),
+            tuple(layer.dilation_rate),
+            layer.groups if isinstance(layer, _CONVOLUTIONS) else 1,
+        )
+        stored = {"weight": _kernel(layer.kernel), **_bias(layer.bias)}
+        yield KerasPart(name, layer, geometry, stored)
+
+
+def _batch_norm(name: str, layer: Any) -> KerasPart:
+    variables = {
+        "weight": layer.gamma,
+        "bias": layer.beta,
+        "running_mean": layer.moving_mean,
+        "running_var": layer.moving_variance,
+    }
+    shape = flattened(layer)
+    maps = (
+        ()
+        if shape is None
+        else (partial(channels_first, shape=shape), partial(channels_last, shape=shape))
+    )
+    stored = {key: Stored(one, *maps) for key, one in variables.items() if one is not None}
+    return KerasPart(name, layer, Geometry("batch norm", tuple(layer.moving_mean.shape)), stored)
+
+
+def _depthwise(name: str, layer: Any, kernel: Any, bias: Any) -> KerasPart:
+    *size, channels, multiplier = kernel.shape
+    geometry = Geometry(
+        "convolution",
+        (channels * multiplier, 1, *size),
+        bias is not None,
+        tuple(layer.strides),
+        tuple(layer.dilation_rate),
+        channels,
+    )
+    back = partial(depthwise_to_keras, channels=channels)
+    return KerasPart(
+        name, layer, geometry, {"weight": Stored(kernel, depthwise_to_torch, back), **_bias(bias)}
+    )
+
+
+def _shape(kernel: Any) -> tuple[int, ...]:
+    *size, a, b = kernel.shape
+    return (b, a, *size)
+
+
+def _kernel(variable: Any) -> Stored:
+    return Stored(variable, kernel_to_torch, kernel_to_keras)
+
+
+def _after_flatten(variable: Any, shape: tuple[int, ...]) -> Stored:
+    return Stored(
+        variable,
+        lambda value: kernel_to_torch(channels_first(value, shape)),
+        lambda value: channels_last(kernel_to_keras(value), shape),
+    )
+
+
+def _bias(variable: Any) -> dict[str, Stored]:
+    return {} if variable is None else {"bias": Stored(variable)}
+
+
+def flattened(layer: Any) -> tuple[int, ...] | None:
+    """Return the shape (*k, C) of the map whose flattened values a layer takes, if that is known.
+
+    Only a functional or sequential model knows which layer comes before which.
+    """
+    while True:
+        try:
+            before = layer.input._keras_history.operation
+        except (AttributeError, ValueError):  # called never, several times, or on several tensors
+            return None
+        if isinstance(before, layers.Flatten):
+            shape = tuple(before.input.shape[1:])
+            if before.data_format == "channels_first":  # it moves the channels last itself
+                shape = (*shape[1:], shape[0])
+            known = len(shape) > 1 and all(isinstance(size, int) for size in shape)
+            return shape if known and math.prod(shape[:-1]) > 1 else None
+        if not isinstance(before, _ELEMENTWISE):
+            return None
+        layer = before
