@@ -14,6 +14,7 @@
         ├── FindingsError              also AssertionError: findings at or above a severity
         ├── DependenceError            also AssertionError: an answer depends on its batch mates
         ├── ConfigError                also ValueError: a configuration says what cannot be meant
+        ├── ExportError                also RuntimeError: a model that cannot be exported right
         ├── FileFormatError            also ValueError: a file cannot be read as what it should be
         ├── TargetError                also ValueError: a command-line target cannot be loaded
         └── StateError                 also RuntimeError: the model is no longer what it was
@@ -24,6 +25,8 @@ A message is one line of fact with path and numbers, then ``help:`` and what to 
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class StillnormError(Exception):
@@ -96,6 +99,20 @@ class DependenceError(StillnormError, AssertionError):
 
 class ConfigError(StillnormError, ValueError):
     """A configuration that says something which cannot be meant."""
+
+
+class ExportError(StillnormError, RuntimeError):
+    """A model that cannot be exported, or a file that does not compute what the model does.
+
+    Args:
+        fact: One line: what is the case.
+        help: What the user can do about it.
+        findings: What `check` found that speaks against it.
+    """
+
+    def __init__(self, fact: str, *, help: str = "", findings: Sequence[object] = ()) -> None:
+        super().__init__(fact, help=help)
+        self.findings = tuple(findings)
 
 
 class FileFormatError(StillnormError, ValueError):

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from diagnosis.nets import conv_net, estimated
+from diagnosis.nets import conv_net, data, estimated
+from stillnorm.diagnosis.request import Request
+from stillnorm.diagnosis.step import Step, run_step
+from stillnorm.norms import find_norms
 
 TrainStep = Callable[[nn.Module, Any], object]
 
@@ -275,3 +278,12 @@ def distilling(model: WithTeacher) -> TrainStep:
                 average.lerp_(new, 0.01)
 
     return train_step
+
+
+def seen(net: nn.Module, train_step: Any, x: Any = None, **given: Any) -> Step:
+    x = data(16) if x is None else x
+    return run_step(Request(net, x, train_step=train_step, **given), x, find_norms(net))
+
+
+def net_() -> nn.Sequential:
+    return estimated(conv_net()).train()

@@ -445,6 +445,9 @@ def test_strides() -> None:
     net = nn.Conv2d(3, 4, 3)
     with unchanged(net), put_back(net):
         net.to(memory_format=torch.channels_last)
+    square = nn.Linear(3, 3)
+    with unchanged(square), put_back(square):
+        square.weight.data = square.weight.data.t()  # the same memory
 
 
 def test_the_rest_goes_back_when_one_thing_cannot() -> None:

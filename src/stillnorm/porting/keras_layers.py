@@ -105,14 +105,14 @@ def is_keras_model(model: object) -> bool:
 
 def is_built(model: Any) -> bool:
     """Tell whether the model and its layers have their variables."""
-    return all(layer.built for _, layer in _walk(model))
+    return all(layer.built for _, layer in all_layers(model))
 
 
 def parts_of(model: Any) -> tuple[list[KerasPart], list[tuple[str, str]]]:
     """Return the layers that can be ported, in the model's order; (name, reason) of the others."""
     parts: list[KerasPart] = []
     others: list[tuple[str, str]] = []
-    for name, layer in _walk(model):
+    for name, layer in all_layers(model):
         found = list(_parts(name, layer))
         known = {id(one.variable) for part in found for one in part.stored.values()}
         if extra := [weight for weight in _own(layer) if id(weight) not in known]:
@@ -126,7 +126,7 @@ def parts_of(model: Any) -> tuple[list[KerasPart], list[tuple[str, str]]]:
     return parts, others
 
 
-def _walk(model: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def all_layers(model: Any) -> Iterator[tuple[str, Any]]:
     """Yield every layer once, with its name."""
     seen: set[int] = set()
 

@@ -97,9 +97,10 @@ class Subject:
         """A layer in the middle."""
         return self.layers[len(self.layers) // 3]
 
-    def call(self, model: nn.Module, batch: Any) -> Any:
-        """Call the model, or what has been made of it, as its architecture wants."""
-        return model(batch) if self.forward is None else self.forward(model, batch)
+    @property
+    def call(self) -> Forward:
+        """How to call the model."""
+        return nn.Module.__call__ if self.forward is None else self.forward
 
     def recalibrate(self, batches: list[Tensor] | None = None) -> None:
         """Estimate the statistics of the model as it is now."""

@@ -83,10 +83,12 @@ def one_layer_left_in_train_mode(it: Subject) -> Case:
     return it.case(it.victim.path, predict=no_grad(it))
 
 
-def no_grad(it: Subject):
-    def predict(model: nn.Module, batch: Tensor) -> Tensor:
+def no_grad(it: Subject) -> Any:
+    forward = it.call
+
+    def predict(model: nn.Module, batch: Tensor) -> Any:
         with torch.no_grad():
-            return it.call(model, batch)
+            return forward(model, batch)
 
     return predict
 

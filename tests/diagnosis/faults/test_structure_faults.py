@@ -13,7 +13,7 @@ FAULTS = (
     Fault("SN203", do.norm_at_the_end, "warning"),
     Fault("SN204", do.bias_before_the_norm, "info", fix=True),
     Fault("SN205", do.dropout_before_the_convolution, "warning"),
-    Fault("SN206", do.two_samples, "error"),
+    Fault("SN206", do.two_samples, "error", leading="among", beside={"SN207": "layers of 4 to 8 values"}),
     Fault("SN207", do.small_batches, "warning", leading="among"),
     Fault("SN208", do.features_on_the_last_axis, "warning"),
     Fault("SN210", do.lazy, "info"),

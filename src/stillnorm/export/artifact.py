@@ -1,0 +1,84 @@
+"""What an exporter has written, and its errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from stillnorm.diagnosis.skeleton import Stored
+from stillnorm.errors import ExportError
+from stillnorm.export.call import Call
+from stillnorm.export.report import Port
+from stillnorm.tracing import first_line
+
+Shapes = dict[str, Any] | tuple[Any, ...] | list[Any] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A file, just written.
+
+    Args:
+        program: What torch has captured.
+        opset: The version of ONNX's operators; None for a program.
+        inputs: What the file takes.
+        outputs: What it gives.
+        opened: By number of the input, the first size of those in which it was left open.
+        stored: The norm layers in it, as `check` reads them.
+        run: Runs it.
+    """
+
+    program: ExportedProgram
+    opset: int | None
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    opened: Mapping[int, Any]
+    stored: Stored
+    run: Callable[[Call], list[Tensor]]
+
+
+@contextlib.contextmanager
+def exporting(what: str) -> Iterator[None]:
+    """Turn what an exporter or a runtime raises into one line; keep its own talk to itself.
+
+    Raises:
+        ExportError: Something was raised.
+    """
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        except ExportError:
+            raise
+        except Exception as error:
+            raise _failed(what, error) from error
+        finally:
+            logging.disable(disabled)
+
+
+_BY_VALUE = ("data-dependent", "DataDependent", "GuardOnDataDependent", "DynamicOutputShape")
+
+
+def _failed(what: str, error: Exception) -> ExportError:
+    """Say what went wrong at the bottom of it."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    said = first_line(cause)
+    by_value = any(mark in said for mark in _BY_VALUE)
+    return ExportError(
+        f"{what} failed: {said[:300]}",
+        help="the forward branches on the value of a tensor: torch.where or torch.cond are what "
+        "exporters can follow, or export the part without the branch, with forward="
+        if by_value
+        else "the cause of this exception has the line of the forward",
+    )

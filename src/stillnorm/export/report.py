@@ -1,0 +1,127 @@
+"""What an export wrote, and how far it is off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stillnorm.export.compare import OutputError
+from stillnorm.reports import Block, Document, Line, Table, json, text
+from stillnorm.reports.numbers import count, short, size
+
+Format = Literal["ONNX graph", "exported program"]
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or an output of the file.
+
+    Args:
+        name: Its name.
+        dtype: Its dtype: ``"float32"``.
+        shape: Its sizes; a name where any size will do.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} ({', '.join(map(str, self.shape))})"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the file beside the model in eval mode.
+
+    Args:
+        batch_size: The number of samples; None where no input has any.
+        errors: How far each output was off.
+    """
+
+    batch_size: int | None
+    errors: tuple[OutputError, ...]
+
+    @property
+    def max_error(self) -> float:
+        """The largest difference, relative to the largest value of its output."""
+        return max((error.max for error in self.errors), default=0.0)
+
+    @property
+    def rms_error(self) -> float:
+        """The largest root mean square of a difference, relative to that of its output."""
+        return max((error.rms for error in self.errors), default=0.0)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_onnx` and `export_program` did.
+
+    Args:
+        path: The file.
+        format: What it is.
+        opset: The version of ONNX's operators; None for a program.
+        inputs: What it takes.
+        outputs: What it gives.
+        fixed_batch: Why its batch size is that of the example; empty where others do.
+        remaining: Paths of the norm layers that are batch norms in the file, all of them by running
+            statistics.
+        absorbed: Paths of those that are not: the exporter has computed them in the weights beside
+            them, or they are written as other operations.
+        runs: What was run, by batch size; the example's first.
+        size: Bytes on disk, with the file of its large tensors.
+        data: Where large tensors lie (ONNX above 2 GB); None where they are in the file itself.
+    """
+
+    path: Path
+    format: Format
+    opset: int | None
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    fixed_batch: str
+    remaining: tuple[str, ...]
+    absorbed: tuple[str, ...]
+    runs: tuple[Run, ...]
+    size: int
+    data: Path | None
+
+    @property
+    def max_error(self) -> float:
+        """The largest difference in any run, relative to the largest value of its output."""
+        return max(run.max_error for run in self.runs)
+
+    @property
+    def rms_error(self) -> float:
+        """The largest root mean square of a difference, relative to that of its output."""
+        return max(run.rms_error for run in self.runs)
+
+    def document(self) -> Document:
+        """Return the report as a document."""
+        opset = "" if self.opset is None else f", opset {self.opset}"
+        norms = f"{count(len(self.remaining), 'batch norm')} in it, {len(self.absorbed)} absorbed"
+        blocks: list[Block] = [
+            Line(f"{self.format}{opset}, {size(self.size)}; {norms}"),
+            Line(f"takes {', '.join(map(str, self.inputs)) or 'nothing'}"),
+            Line(f"gives {', '.join(map(str, self.outputs)) or 'nothing'}"),
+        ]
+        if self.data is not None:
+            blocks.append(Line(f"keep {self.data.name} beside it: its tensors lie there"))
+        if self.fixed_batch:
+            blocks.append(Line(f"the batch size is fixed: {self.fixed_batch}"))
+        rows = tuple(
+            ("-" if run.batch_size is None else str(run.batch_size), error.name)
+            + (short(error.max), short(error.rms))
+            for run in self.runs
+            for error in run.errors
+        )
+        header = ("batch size", "output", "off by at most", "rms")
+        head = f"{self.path.name} computes what the model does in eval mode"
+        return Document(head, (*blocks, Line(""), Table(header, rows, "rlrr")))
+
+    def to_json(self) -> str:
+        """Return it as JSON."""
+        return json.dumps(self)
+
+    def __str__(self) -> str:
+        return text.write(self.document())

@@ -1,0 +1,206 @@
+"""The verbs `export_onnx` and `export_program`: write, run what was written, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ShapesCollection
+from torch.utils._pytree import tree_leaves
+
+from stillnorm.errors import ExportError
+from stillnorm.export.artifact import Artifact, Shapes, exporting
+from stillnorm.export.call import PREFIX, Call, Called, unwrapped
+from stillnorm.export.compare import OutputError, Tolerance, errors
+from stillnorm.export.files import target_of, written_whole
+from stillnorm.export.onnx_graph import must_be_installed, write_onnx
+from stillnorm.export.program import write_program
+from stillnorm.export.refusal import must_be_exportable, must_not_use_the_batch
+from stillnorm.export.report import ExportReport, Format, Run
+from stillnorm.reports.numbers import short
+from stillnorm.state import attributes_kept, preserved
+from stillnorm.state.files import StrPath
+from stillnorm.tracing import Forward
+
+Dynamic = bool | dict[str, Any] | tuple[Any, ...] | list[Any]
+Writer = Callable[[Call, Shapes, Path], Artifact]
+
+
+def export_onnx(
+    model: nn.Module,
+    example: object,
+    path: StrPath,
+    *,
+    forward: Forward | None = None,
+    dynamic: Dynamic = True,
+) -> ExportReport:
+    """Export the eval function of a model to ONNX, and prove that the file computes it.
+
+    Written by ``torch.onnx.export(..., dynamo=True)``. Before the file takes its place it is run in
+    onnxruntime, on the example and on its samples in other batch sizes, and compared with the model
+    in eval mode. Held, folded and split norms are exported as what they are.
+
+    Args:
+        model: The model, in any mode. Inside `torch.compile` or DistributedDataParallel, the model
+            in it is exported.
+        example: An input, as `torch.export` takes it: a tensor, a tuple of positional arguments, a
+            mapping of keyword arguments.
+        path: Where to write: a name that ends in ``.onnx``.
+        forward: ``(model, example) -> output``, where the model cannot be called on the example, or
+            only a part of its output is wanted.
+        dynamic: True: the batch size is left open where torch can. False: it is that of the
+            example. Or the ``dynamic_shapes`` of `torch.export.export`, which are passed on.
+
+    Returns:
+        The report: inputs and outputs, which norms are still batch norms, and the errors of every
+        output at every batch size that was run. Allowed are 1e-4 (root mean square of the
+        difference, relative to that of the output) and 1e-3 (the largest, relative to the largest
+        value) in float32, and in half precision 1e-2 and 1e-1.
+
+    Raises:
+        ExportError: A finding speaks against it: eval depends on the batch (SN007, SN107), the
+            statistics are not finite or negative (SN102, SN103). Or torch cannot export the model,
+            onnxruntime cannot run the file, the file computes something else or has a norm in
+            training mode (SN701). Or onnx, onnxscript or onnxruntime is not installed.
+        BatchError: The model cannot be called on the example.
+        StateError: The model has lazy modules.
+        FileFormatError: The file cannot be written.
+
+    Mutates:
+        Nothing, whatever is raised: modes, statistics, attributes, hooks and random states of the
+        model are as found, and what was at `path` is still there. Hooks do run, on the exporter's
+        tensors too.
+
+    Cost:
+        The export, of the example and where that fails with a fixed batch size; about ten forwards.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).train()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = export_onnx(net, torch.randn(2, 4), f"{folder}/net.onnx")
+        >>> [run.batch_size for run in report.runs], report.max_error < 1e-5, net.training
+        ([2, 1, 3], True, True)
+
+    Source: the failures that it is made against, pytorch/pytorch#75252, #49229, #52867 and #115715,
+    microsoft/onnxscript#1338 and #1791, microsoft/onnxruntime#26584.
+    """
+    must_be_installed()
+    target = target_of(path, ".onnx")
+    return _export(write_onnx, "ONNX graph", model, example, target, forward, dynamic)
+
+
+def export_program(
+    model: nn.Module,
+    example: object,
+    path: StrPath,
+    *,
+    forward: Forward | None = None,
+    dynamic: Dynamic = True,
+) -> ExportReport:
+    """Export the eval function of a model with `torch.export`, and prove that the file computes it.
+
+    As `export_onnx`, without ONNX: the file is an archive of `torch.export.save`, which torch loads
+    and runs without the model's code and without stillnorm. It is loaded again and compared.
+
+    Args:
+        model: The model, in any mode.
+        example: An input: a tensor, a tuple of positional arguments, a mapping of keyword
+            arguments.
+        path: Where to write: a name that ends in ``.pt2``.
+        forward: ``(model, example) -> output``, where the model cannot be called on the example.
+        dynamic: True: the batch size is left open where torch can. False: it is that of the
+            example. Or the ``dynamic_shapes`` of `torch.export.export`, which are passed on.
+
+    Returns:
+        The report, as `export_onnx`.
+
+    Raises:
+        ExportError: As `export_onnx`; the norms' ``training`` argument is checked in the file.
+        BatchError: The model cannot be called on the example.
+        StateError: The model has lazy modules.
+        FileFormatError: The file cannot be written.
+
+    Mutates:
+        Nothing, whatever is raised.
+
+    Example:
+        >>> import tempfile
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).train()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = export_program(net, torch.randn(2, 4), f"{folder}/net.pt2")
+        >>> report.remaining, report.inputs[0].shape[1:], report.fixed_batch
+        (('1',), (4,), '')
+    """
+    target = target_of(path, ".pt2")
+    return _export(write_program, "exported program", model, example, target, forward, dynamic)
+
+
+def _export(
+    write: Writer,
+    format: Format,
+    model: nn.Module,
+    example: object,
+    target: Path,
+    forward: Forward | None,
+    dynamic: Dynamic,
+) -> ExportReport:
+    model = unwrapped(model)
+    with attributes_kept(model), preserved(model), torch.inference_mode(False), torch.no_grad():
+        model.eval()
+        call = Call.of(model, example, forward)
+        plans = list(_plans(call, dynamic))
+        # A batch of one shows nothing of what depends on the batch.
+        shown = plans[0][0]
+        given = (*shown.args, *shown.kwargs.values())[0] if forward is not None else (
+            shown.kwargs or shown.args
+        )
+        seen = must_be_exportable(model, given, forward)
+        normed = {one.path for one in seen.calls if one.used == "running"}
+        fixed = ""
+        for number, (traced, shapes) in enumerate(plans, 1):
+            try:
+                with written_whole(target) as path:
+                    artifact = write(traced, shapes, path)
+                    if any(norm.uses == "batch" for norm in artifact.stored.norms):
+                        must_not_use_the_batch(path)
+                    runs = tuple(_runs(artifact, call))
+                    files = sorted(p for p in path.parent.iterdir() if p != path)
+                    total = sum(p.stat().st_size for p in (path, *files))
+                break
+            except ExportError as error:
+                if number == len(plans):
+                    raise
+                fixed = f"left open, {error.fact}"
+    called = isinstance(call.module, Called)
+    paths = [norm.path.removeprefix(PREFIX) if called else norm.path for norm in artifact.stored.norms]
+    return ExportReport(
+        path=target,
+        format=format,
+        opset=artifact.opset,
+        inputs=artifact.inputs,
+        outputs=artifact.outputs,
+        fixed_batch=fixed,
+        remaining=tuple(paths),
+        absorbed=tuple(sorted(normed.difference(paths))),
+        runs=runs,
+        size=total,
+        data=target.parent / files[0].name if files else None,
+    )
+
+
+def _plans(call: Call, dynamic: Dynamic) -> Iterator[tuple[Call, Shapes]]:
+    """Yield what to try in turn: the call to trace, and which of its sizes are open."""
+    size = call.batch_size
+    if not isinstance(dynamic, bool):
+        yield call, dynamic
+        return
+    if dynamic and size is not None and size > 0:
+        # torch takes a size of 1 for a constant.
+        traced = call if size > 1 else call.resized(2, lambda _, leaf: len(leaf) == size)
+        shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+        ...
+    yield call, None

@@ -1,0 +1,172 @@
+"""What a port did, and how well the two models agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stillnorm.repair.report import Written, left_alone
+from stillnorm.repair.surgery import Surgery
+from stillnorm.reports import Block, Document, Line, Table
+from stillnorm.reports.numbers import count, short
+from stillnorm.reports.refusals import refusal_rows
+
+
+@dataclass(frozen=True)
+class StatisticsError:
+    """How far a layer's statistics are from its twin's after one forward in train mode.
+
+    Args:
+        path: The path of the torch layer.
+        name: The name of the Keras layer.
+        values: n, the number of values in each channel; None where nothing is updated.
+        mean: The largest difference of the running means, relative to the larger of the largest
+            mean and the largest deviation.
+        variance: That of the running variances, relative to the largest; of Keras' update first
+            times n / (n - 1), for torch keeps the unbiased one.
+    """
+
+    path: str
+    name: str
+    values: int | None
+    mean: float
+    variance: float
+
+    @property
+    def largest(self) -> float:
+        """The larger of both."""
+        return max(self.mean, self.variance)
+
+
+@dataclass(frozen=True)
+class Agreement(Written):
+    """How well two models agree on an example.
+
+    Args:
+        error: The largest difference of their outputs in eval mode.
+        largest: The largest output.
+        tolerance: How much they may differ, relative to the largest.
+        statistics: Per norm, what one forward in train mode made of the statistics.
+        not_compared: Why that was not done; empty where it was.
+    """
+
+    error: float
+    largest: float
+    tolerance: float
+    statistics: tuple[StatisticsError, ...]
+    not_compared: str = ""
+
+    @property
+    def same_outputs(self) -> bool:
+        """Whether the outputs are the same within the tolerance."""
+        return self.error <= self.tolerance * self.largest
+
+    @property
+    def same_statistics(self) -> bool:
+        """Whether the statistics are, as far as they were compared."""
+        return all(one.largest <= self.tolerance for one in self.statistics)
+
+    def __bool__(self) -> bool:
+        return self.same_outputs and self.same_statistics
+
+    def document(self) -> Document:
+        """Return it as a document."""
+        return Document("the models agree" if self else "the models differ", self.blocks())
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Return the numbers."""
+        blocks = [
+            Line(
+                f"eval outputs: differ by {short(self.error)} at most, largest output "
+                f"{short(self.largest)}, tolerance {short(self.tolerance)} of that"
+            )
+        ]
+        if self.not_compared:
+            blocks.append(Line(f"statistics after a training step: not compared, "
+                               f"{self.not_compared}"))
+        elif self.statistics:
+            worst = max(self.statistics, key=lambda one: one.largest)
+            blocks.append(
+                Line(
+                    f"statistics after a training step, {count(len(self.statistics), 'norm')}: "
+                    f"mean {short(worst.mean)}, variance {short(worst.variance)} apart at most, "
+                    f"in {worst.path or '(root)'}; Keras' biased variance times n / (n - 1)"
+                )
+            )
+        return tuple(blocks)
+
+
+@dataclass(frozen=True)
+class Ported:
+    """One layer that was ported.
+
+    Args:
+        name: Its name in the Keras model.
+        path: Its path in the torch model.
+        kind: What it is: "batch norm", "convolution", "transposed convolution", "dense".
+        notes: What is worth knowing about it.
+    """
+
+    name: str
+    path: str
+    kind: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class PortReport(Written):
+    """What a port did.
+
+    Args:
+        to: The framework of the model that was changed.
+        ported: The layers that were ported.
+        refused: (name or path, reason) of layers with weights that were not.
+        matched: How layers were matched: by the "map" given, by equal "names", by "order".
+        left: Names and paths that the map does not mention.
+        variance: What was done about the biased and the unbiased variance.
+        agreement: How well the models agree on the example, before the variance was corrected;
+            None without an example.
+        recompile: Whether a compiled Keras model has to be compiled again for the changes to count.
+    """
+
+    to: Literal["torch", "keras"]
+    ported: tuple[Ported, ...]
+    refused: tuple[tuple[str, str], ...]
+    matched: Literal["map", "names", "order"]
+    left: tuple[str, ...]
+    variance: str
+    agreement: Agreement | None
+    recompile: bool
+    _surgery: Surgery = field(repr=False)
+
+    def undo(self) -> None:
+        """Put everything back, bit for bit."""
+        self._surgery.undo()
+
+    def document(self) -> Document:
+        """Return the report as a document."""
+        norms = sum(one.kind == "batch norm" for one in self.ported)
+        by = {"map": "names=", "names": "name", "order": "order"}[self.matched]
+        title = (
+            f"{count(len(self.ported), 'layer')} ported to {self.to}, {norms} of them batch norms, "
+            f"matched by {by}"
+        )
+        blocks: list[Block] = []
+        if norms:
+            blocks.append(Line(self.variance))
+        if self.agreement is not None:
+            blocks += self.agreement.blocks()
+        else:
+            blocks.append(
+                Line("outputs not compared: example= does that" + (
+                    "; layers of one shape may have changed places" * (self.matched == "order")))
+            )
+        if self.recompile:
+            blocks.append(Line("the Keras model is compiled: compile() again, then train"))
+        noted = ((one.path, note) for one in self.ported for note in one.notes)
+        if rows := refusal_rows(noted):
+            blocks += [Line(""), Table(("layer", "note"), rows, "ll")]
+        if self.left:
+            blocks.append(Line(f"not in names=, left alone: {', '.join(self.left)}"))
+        blocks += left_alone(self.refused)
+        return Document(title, tuple(blocks))
