@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import stillnorm as sn
-from stillnorm.diagnosis.structure import Structure
+from stillnorm.diagnosis.evidence.structure import Structure
 from stillnorm.norms import probe_modes
 
 STEPS = 1000

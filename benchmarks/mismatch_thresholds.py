@@ -23,7 +23,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from stillnorm import recalibrate
-from stillnorm.diagnosis.measure import Distance, Samples, distance, samples_of
+from stillnorm.diagnosis.measures.measure import Distance, Samples, distance, samples_of
 from stillnorm.norms import NormLayer, find_norms
 from stillnorm.tracing import trace
 from support.zoo import images, make

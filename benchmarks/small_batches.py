@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stillnorm.diagnosis.evidence import Evidence
-from stillnorm.diagnosis.request import Request
-from stillnorm.diagnosis.runs import run_flows
+from stillnorm.diagnosis.evidence.request import Request
+from stillnorm.diagnosis.evidence.runs import run_flows
 
 EPOCHS = 6
 

@@ -41,7 +41,7 @@ CONFINED = {
     "jinja2": ("reports/",),
     "safetensors": ("state/",),
     "sklearn": ("demo/",),
-    "onnx": ("demo/", "diagnosis/onnx_file.py"),
+    "onnx": ("demo/", "diagnosis/files/onnx_file.py"),
     "torchvision": ("demo/half.py",),
     "timm": (),
     "transformers": (),

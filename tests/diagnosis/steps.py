@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from diagnosis.nets import conv_net, data, estimated
-from stillnorm.diagnosis.request import Request
-from stillnorm.diagnosis.step import Step, run_step
+from stillnorm.diagnosis.evidence.request import Request
+from stillnorm.diagnosis.training_step.step import Step, run_step
 from stillnorm.norms import find_norms
 
 TrainStep = Callable[[nn.Module, Any], object]

@@ -12,8 +12,8 @@ from diagnosis.nets import batches, conv_net, data, estimated
 from stillnorm import recalibrate
 from stillnorm.diagnosis.attribution import Attribution, attribute
 from stillnorm.diagnosis.evidence import Evidence
-from stillnorm.diagnosis.request import Request
-from stillnorm.diagnosis.runs import run_flows
+from stillnorm.diagnosis.evidence.request import Request
+from stillnorm.diagnosis.evidence.runs import run_flows
 from stillnorm.norms import find_norms
 from support.fingerprint import Fingerprint
 from support.zoo import images, make

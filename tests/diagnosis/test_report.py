@@ -14,10 +14,10 @@ from diagnosis.nets import batches, conv_net, estimated
 from stillnorm import check
 from stillnorm.diagnosis import CODES, Finding, Fix, Report, Verdict
 from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.evidence.request import Request
+from stillnorm.diagnosis.evidence.runs import Head
 from stillnorm.diagnosis.report import Crash, Data, Fixed, Layer, NotRun
-from stillnorm.diagnosis.request import Request
-from stillnorm.diagnosis.runs import Head
-from stillnorm.diagnosis.schema import schema
+from stillnorm.diagnosis.writing.schema import schema
 from stillnorm.reports import Table, text
 from stillnorm.tracing import Site
 
@@ -270,7 +270,9 @@ def test_json_is_as_its_schema_says() -> None:
 
 
 def test_the_schema_is_current() -> None:
-    assert SCHEMA.read_text() == schema() + "\n", "python -m stillnorm.diagnosis.schema writes it"
+    assert SCHEMA.read_text() == schema() + "\n", (
+        "python -m stillnorm.diagnosis.writing.schema writes it"
+    )
 
 
 def test_a_real_report_is_json_too() -> None:

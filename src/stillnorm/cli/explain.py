@@ -19,8 +19,8 @@ def explain(rule: str | None, markdown: bool) -> None:
     (SN2), the rules are listed.
     """
     from stillnorm.diagnosis.codes import CODES, lookup
-    from stillnorm.diagnosis.handbook import page
     from stillnorm.diagnosis.rule import Rule
+    from stillnorm.diagnosis.writing.handbook import page
     from stillnorm.reports import Block, Code, Document, Heading, Line, Table
 
     def listed(rules: tuple[type[Rule], ...]) -> Document:

@@ -75,7 +75,7 @@ def write_model(model: nn.Module, keys_before: list[str], report: Report, out: P
         report: What was fixed.
         out: The file.
     """
-    from stillnorm.diagnosis.fix_calls import call_of
+    from stillnorm.diagnosis.fixing.fix_calls import call_of
     from stillnorm.norms import find_norms
     from stillnorm.state.files import write_tensors
 

@@ -19,7 +19,7 @@ from stillnorm.cli.weights import load_weights
 if TYPE_CHECKING:
     from torch import nn
 
-    from stillnorm.diagnosis.skeleton import Stored
+    from stillnorm.diagnosis.files.skeleton import Stored
     from stillnorm.reports import Document
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -26,7 +26,7 @@ from stillnorm.errors import TargetError
 if TYPE_CHECKING:
     from torch import nn
 
-    from stillnorm.diagnosis.skeleton import Stored
+    from stillnorm.diagnosis.files.skeleton import Stored
 
 Function = Callable[..., Any]
 
@@ -61,7 +61,7 @@ def load_file(target: str) -> Stored | None:
     """
     if ":" in target[2:] or Path(target).suffix.lower() not in FILES:
         return None
-    from stillnorm.diagnosis.checkpoint import read_target
+    from stillnorm.diagnosis.files.checkpoint import read_target
 
     return read_target(target)
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from stillnorm.diagnosis.evidence import Evidence
-from stillnorm.diagnosis.runs import Runs, as_vector
+from stillnorm.diagnosis.evidence.runs import Runs, as_vector
 from stillnorm.norms import NormLayer
 from stillnorm.tracing import Kernel, by_whole_batch, read, running, train_by_input, visits
 

@@ -6,16 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from stillnorm.diagnosis.annotations import annotate
 from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.evidence.runs import Head, Runs
 from stillnorm.diagnosis.finding import Finding, Fix
-from stillnorm.diagnosis.fixes import apply_all
+from stillnorm.diagnosis.fixing.fixes import apply_all
 from stillnorm.diagnosis.gap import Gap
-from stillnorm.diagnosis.layout import lay_out, overview
-from stillnorm.diagnosis.page import page_of
-from stillnorm.diagnosis.runs import Head, Runs
-from stillnorm.diagnosis.summary import COMMAND_LINE, PYTHON
 from stillnorm.diagnosis.verdict import Verdict
+from stillnorm.diagnosis.writing.annotations import annotate
+from stillnorm.diagnosis.writing.layout import lay_out, overview
+from stillnorm.diagnosis.writing.page import page_of
+from stillnorm.diagnosis.writing.summary import COMMAND_LINE, PYTHON
 from stillnorm.errors import FindingsError
 from stillnorm.reports import github, html, markdown, notebook, text
 from stillnorm.reports.document import Document, Severity

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar
 
 from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.evidence.request import Need
 from stillnorm.diagnosis.finding import Finding, Fix
-from stillnorm.diagnosis.request import Need
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Severity, Table
 

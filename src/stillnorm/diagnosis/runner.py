@@ -12,16 +12,16 @@ from torch.optim import Optimizer
 
 from stillnorm.calibration.ranks import Group
 from stillnorm.diagnosis.causes import causes_first
-from stillnorm.diagnosis.checkpoint import Target, opened
 from stillnorm.diagnosis.codes import Names, choose
 from stillnorm.diagnosis.evidence import CannotTell, Evidence
+from stillnorm.diagnosis.evidence.peers import gather
+from stillnorm.diagnosis.evidence.request import Predict, Request, Score, TrainStep
+from stillnorm.diagnosis.evidence.runs import run_flows
+from stillnorm.diagnosis.files.checkpoint import Target, opened
 from stillnorm.diagnosis.finding import SEVERITIES, Finding
+from stillnorm.diagnosis.fixing.trials import tried
 from stillnorm.diagnosis.gap import explain_gap
-from stillnorm.diagnosis.peers import gather
 from stillnorm.diagnosis.report import Crash, Data, Layer, NotRun, Report
-from stillnorm.diagnosis.request import Predict, Request, Score, TrainStep
-from stillnorm.diagnosis.runs import run_flows
-from stillnorm.diagnosis.trials import tried
 from stillnorm.diagnosis.verdict import judge
 from stillnorm.errors import CallError
 from stillnorm.tracing import Forward

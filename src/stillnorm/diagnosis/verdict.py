@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.evidence.runs import Flow, Head
 from stillnorm.diagnosis.finding import Finding
-from stillnorm.diagnosis.runs import Flow, Head
 from stillnorm.norms import NormLayer
 from stillnorm.reports.numbers import count, number
 

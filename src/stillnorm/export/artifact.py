@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from stillnorm.diagnosis.skeleton import Stored
+from stillnorm.diagnosis.files.skeleton import Stored
 from stillnorm.errors import ExportError
 from stillnorm.export.call import Call
 from stillnorm.export.report import Port

@@ -100,4 +100,6 @@ def _sync(folder: Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> FileFormatError:
-    return FileFormatError(f"{path} cannot be written: {error.strerror}", help="nothing was changed")
+    return FileFormatError(
+        f"{path} cannot be written: {error.strerror}", help="nothing was changed"
+    )

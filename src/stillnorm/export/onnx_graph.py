@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillnorm.diagnosis.onnx_file import read_onnx
+from stillnorm.diagnosis.files.onnx_file import read_onnx
 from stillnorm.errors import ExportError
 from stillnorm.export.artifact import Artifact, Shapes, exporting
 from stillnorm.export.call import Call, dynamic_inputs
@@ -88,9 +88,7 @@ def _session(path: Path) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4
     with exporting("onnxruntime"):
-        return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _header(path: Path) -> Any:
@@ -111,7 +109,11 @@ def _array(leaf: Any) -> Any:
 
 def _ports(values: Any) -> tuple[Port, ...]:
     return tuple(
-        Port(v.name, _DTYPES.get(v.type, v.type), tuple(s or "?" if s is None else s for s in v.shape))
+        Port(
+            v.name,
+            _DTYPES.get(v.type, v.type),
+            tuple(s or "?" if s is None else s for s in v.shape),
+        )
         for v in values
     )
 

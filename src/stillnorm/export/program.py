@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 from torch.utils._pytree import tree_leaves, tree_map
 
-from stillnorm.diagnosis.pt2_file import read_pt2
+from stillnorm.diagnosis.files.pt2_file import read_pt2
 from stillnorm.export.artifact import Artifact, Shapes, exporting
 from stillnorm.export.call import Call, dynamic_inputs
 from stillnorm.export.report import Port

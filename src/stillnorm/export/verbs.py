@@ -7,20 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.export import Dim, ShapesCollection
-from torch.utils._pytree import tree_leaves
+from torch import nn
+from torch.export import ShapesCollection
 
 from stillnorm.errors import ExportError
-from stillnorm.export.artifact import Artifact, Shapes, exporting
+from stillnorm.export.artifact import Artifact, Shapes
 from stillnorm.export.call import PREFIX, Call, Called, unwrapped
-from stillnorm.export.compare import OutputError, Tolerance, errors
 from stillnorm.export.files import target_of, written_whole
 from stillnorm.export.onnx_graph import must_be_installed, write_onnx
 from stillnorm.export.program import write_program
 from stillnorm.export.refusal import must_be_exportable, must_not_use_the_batch
-from stillnorm.export.report import ExportReport, Format, Run
-from stillnorm.reports.numbers import short
+from stillnorm.export.report import ExportReport, Format
 from stillnorm.state import attributes_kept, preserved
 from stillnorm.state.files import StrPath
 from stillnorm.tracing import Forward
@@ -155,8 +152,10 @@ def _export(
         plans = list(_plans(call, dynamic))
         # A batch of one shows nothing of what depends on the batch.
         shown = plans[0][0]
-        given = (*shown.args, *shown.kwargs.values())[0] if forward is not None else (
-            shown.kwargs or shown.args
+        given = (
+            (*shown.args, *shown.kwargs.values())[0]
+            if forward is not None
+            else (shown.kwargs or shown.args)
         )
         seen = must_be_exportable(model, given, forward)
         normed = {one.path for one in seen.calls if one.used == "running"}
@@ -176,7 +175,9 @@ def _export(
                     raise
                 fixed = f"left open, {error.fact}"
     called = isinstance(call.module, Called)
-    paths = [norm.path.removeprefix(PREFIX) if called else norm.path for norm in artifact.stored.norms]
+    paths = [
+        norm.path.removeprefix(PREFIX) if called else norm.path for norm in artifact.stored.norms
+    ]
     return ExportReport(
         path=target,
         format=format,
@@ -202,5 +203,4 @@ def _plans(call: Call, dynamic: Dynamic) -> Iterator[tuple[Call, Shapes]]:
         # torch takes a size of 1 for a constant.
         traced = call if size > 1 else call.resized(2, lambda _, leaf: len(leaf) == size)
         shapes = ShapesCollection()  # type: ignore[no-untyped-call]
-        ...
     yield call, None

@@ -33,7 +33,8 @@ class Geometry:
         size = "x".join(map(str, self.weight[2:]))
         text = f"{self.kind} {size}".rstrip() + f" {self._channels}"
         for name in ("stride", "dilation"):
-            if any(step != 1 for step in (steps := getattr(self, name))):
+            steps: tuple[int, ...] = getattr(self, name)
+            if any(step != 1 for step in steps):
                 text += f", {name} {'x'.join(map(str, steps))}"
         if self.groups != 1:
             text += f", {self.groups} groups"

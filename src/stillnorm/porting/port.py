@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 
 from stillnorm.errors import PortError, RefusedError, StateError
@@ -122,8 +121,18 @@ def from_keras(
         surgery.write(var, correct(var, n, "torch"))
 
     return _ported(
-        keras_model, model, "torch", names, which, count, example, torch_example, tolerance, strict,
-        port, finish,
+        keras_model,
+        model,
+        "torch",
+        names,
+        which,
+        count,
+        example,
+        torch_example,
+        tolerance,
+        strict,
+        port,
+        finish,
     )
 
 
@@ -196,8 +205,18 @@ def to_keras(
         write_keras(surgery, one, "running_var", correct(twin.tensors()["running_var"], n, "keras"))
 
     return _ported(
-        keras_model, model, "keras", names, which, count, example, torch_example, tolerance, strict,
-        port, finish,
+        keras_model,
+        model,
+        "keras",
+        names,
+        which,
+        count,
+        example,
+        torch_example,
+        tolerance,
+        strict,
+        port,
+        finish,
     )
 
 

@@ -82,8 +82,9 @@ class Agreement(Written):
             )
         ]
         if self.not_compared:
-            blocks.append(Line(f"statistics after a training step: not compared, "
-                               f"{self.not_compared}"))
+            blocks.append(
+                Line(f"statistics after a training step: not compared, {self.not_compared}")
+            )
         elif self.statistics:
             worst = max(self.statistics, key=lambda one: one.largest)
             blocks.append(
@@ -158,8 +159,10 @@ class PortReport(Written):
             blocks += self.agreement.blocks()
         else:
             blocks.append(
-                Line("outputs not compared: example= does that" + (
-                    "; layers of one shape may have changed places" * (self.matched == "order")))
+                Line(
+                    "outputs not compared: example= does that"
+                    + ("; layers of one shape may have changed places" * (self.matched == "order"))
+                )
             )
         if self.recompile:
             blocks.append(Line("the Keras model is compiled: compile() again, then train"))

@@ -1,13 +1,13 @@
 """One batch norm from Keras to torch and back: not its numbers alone, what it does with them.
 
-    Keras                            torch
-    gamma, beta                      weight, bias
-    moving_mean, moving_variance     running_mean, running_var
-    momentum                         1 - momentum
-    epsilon                          eps
-    axis = -1, or 1                  1, always
-    scale=False, center=False        a weight of 1, a bias of 0, which do not learn
-    trainable=False                  held, affine frozen
+Keras                            torch
+gamma, beta                      weight, bias
+moving_mean, moving_variance     running_mean, running_var
+momentum                         1 - momentum
+epsilon                          eps
+axis = -1, or 1                  1, always
+scale=False, center=False        a weight of 1, a bias of 0, which do not learn
+trainable=False                  held, affine frozen
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from stillnorm.diagnosis.answers import Comparison, agree, compare
-from stillnorm.diagnosis.composition import samples_in, taken
+from stillnorm.diagnosis.evidence.composition import samples_in, taken
+from stillnorm.diagnosis.measures.answers import Comparison, agree, compare
 from stillnorm.errors import BatchError, DependenceError
 from stillnorm.reports.numbers import count, short
 from stillnorm.tracing import copied, first_line

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stillnorm.diagnosis.acceptance import accepted
-from stillnorm.diagnosis.composition import batch_dependence
 from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.evidence.composition import batch_dependence
 from stillnorm.diagnosis.finding import Finding, Fix
+from stillnorm.diagnosis.fixing.acceptance import accepted
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
 from stillnorm.repair import track_statistics

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stillnorm.diagnosis.evidence import CannotTell, Evidence
+from stillnorm.diagnosis.evidence.peers import Peers
 from stillnorm.diagnosis.finding import Finding, Fix
-from stillnorm.diagnosis.measure import FAR_MEAN, FAR_VARIANCE
-from stillnorm.diagnosis.peers import Peers
+from stillnorm.diagnosis.measures.measure import FAR_MEAN, FAR_VARIANCE
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Table

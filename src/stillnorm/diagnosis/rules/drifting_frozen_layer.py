@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from torch import nn
 
 from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.evidence.gradients import fed_by
 from stillnorm.diagnosis.finding import Applicability, Finding, Fix
-from stillnorm.diagnosis.gradients import fed_by
 from stillnorm.diagnosis.rule import Rule
-from stillnorm.diagnosis.step import Step
+from stillnorm.diagnosis.training_step.step import Step
 from stillnorm.norms import NormLayer
 from stillnorm.reports.numbers import count, short
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from stillnorm.diagnosis.evidence import CannotTell, Evidence
+from stillnorm.diagnosis.evidence.structure import Shift
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.rule import Rule
-from stillnorm.diagnosis.structure import Shift
 from stillnorm.errors import StillnormError
 from stillnorm.norms import walk
 from stillnorm.reports.document import Table

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from stillnorm.diagnosis.evidence import CannotTell, Evidence
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.rule import Rule
-from stillnorm.diagnosis.step import StepCall
+from stillnorm.diagnosis.training_step.step import StepCall
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Table
 from stillnorm.reports.numbers import count

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 
-from stillnorm.diagnosis.encoding import Encoding, Reading, read_encodings
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding, Fix
+from stillnorm.diagnosis.measures.encoding import Encoding, Reading, read_encodings
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Table

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stillnorm.diagnosis.checkpoint import STATISTICS
 from stillnorm.diagnosis.evidence import CannotTell, Evidence
+from stillnorm.diagnosis.files.checkpoint import STATISTICS
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms.layer import TENSORS

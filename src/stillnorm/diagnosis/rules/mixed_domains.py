@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stillnorm.diagnosis.dispersion import batches_of
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding
+from stillnorm.diagnosis.measures.dispersion import batches_of
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.reports.numbers import short
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding
+from stillnorm.diagnosis.measures.stored import values
 from stillnorm.diagnosis.rule import Rule
-from stillnorm.diagnosis.stored import values
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Table
 from stillnorm.reports.numbers import count, short

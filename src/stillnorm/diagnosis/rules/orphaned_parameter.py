@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from stillnorm.diagnosis.evidence import CannotTell, Evidence
 from stillnorm.diagnosis.finding import Finding
-from stillnorm.diagnosis.orphans import find_strangers
 from stillnorm.diagnosis.rule import Rule
+from stillnorm.diagnosis.training_step.orphans import find_strangers
 from stillnorm.reports.numbers import count
 
 SHOWN = 4

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.evidence.runs import Flow
 from stillnorm.diagnosis.finding import Finding
+from stillnorm.diagnosis.measures.stored import values
 from stillnorm.diagnosis.rule import Rule
-from stillnorm.diagnosis.runs import Flow
-from stillnorm.diagnosis.stored import values
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Table
 from stillnorm.reports.numbers import short

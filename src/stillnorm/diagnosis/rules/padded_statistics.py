@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stillnorm.diagnosis.evidence import SENSITIVE, CannotTell, Evidence
 from stillnorm.diagnosis.finding import Finding
-from stillnorm.diagnosis.measure import FAR_MEAN, FAR_VARIANCE
+from stillnorm.diagnosis.measures.measure import FAR_MEAN, FAR_VARIANCE
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.errors import StillnormError
 from stillnorm.norms import NormLayer

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
-from stillnorm.diagnosis.acceptance import accepted
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding, Fix, source_lines
-from stillnorm.diagnosis.measure import Distance, Samples, between, samples_of
+from stillnorm.diagnosis.fixing.acceptance import accepted
+from stillnorm.diagnosis.measures.measure import Distance, Samples, between, samples_of
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
 from stillnorm.repair import split_shared

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.rule import Rule
-from stillnorm.diagnosis.step import Step
+from stillnorm.diagnosis.training_step.step import Step
 from stillnorm.norms import NormLayer
 from stillnorm.reports.numbers import count
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from stillnorm.diagnosis.evidence import Evidence
+from stillnorm.diagnosis.evidence.prediction import Prediction
 from stillnorm.diagnosis.finding import Finding
-from stillnorm.diagnosis.prediction import Prediction
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Table

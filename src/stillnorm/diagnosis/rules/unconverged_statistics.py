@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding
-from stillnorm.diagnosis.measure import ENOUGH_SAMPLES
-from stillnorm.diagnosis.residue import unconverged
+from stillnorm.diagnosis.measures.measure import ENOUGH_SAMPLES
+from stillnorm.diagnosis.measures.residue import unconverged
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Table

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding
-from stillnorm.diagnosis.measure import ENOUGH_SAMPLES, Distance
+from stillnorm.diagnosis.measures.measure import ENOUGH_SAMPLES, Distance
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Table

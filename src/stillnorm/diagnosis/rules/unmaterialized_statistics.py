@@ -8,8 +8,8 @@ from torch import Tensor
 
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding
+from stillnorm.diagnosis.measures.stored import updates, values
 from stillnorm.diagnosis.rule import Rule
-from stillnorm.diagnosis.stored import updates, values
 from stillnorm.norms import NormLayer
 from stillnorm.reports.document import Table
 from stillnorm.reports.numbers import count

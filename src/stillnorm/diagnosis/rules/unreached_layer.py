@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stillnorm.diagnosis.evidence import CannotTell, Evidence
+from stillnorm.diagnosis.evidence.runs import Runs
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.rule import Rule
-from stillnorm.diagnosis.runs import Runs
 from stillnorm.reports.numbers import count
 from stillnorm.state import preserved
 from stillnorm.tracing import Trace, trace

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from stillnorm.diagnosis.evidence import CannotTell, Evidence
 from stillnorm.diagnosis.finding import Finding
-from stillnorm.diagnosis.measure import (
+from stillnorm.diagnosis.measures.measure import (
     ENOUGH_SAMPLES,
     FAR_MEAN,
     FAR_VARIANCE,

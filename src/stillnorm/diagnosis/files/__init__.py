@@ -1,0 +1,1 @@
+"""Files as targets: checkpoints, ONNX graphs, exported programs; nothing is unpickled."""

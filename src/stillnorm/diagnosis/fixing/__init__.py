@@ -1,0 +1,1 @@
+"""What repairs a finding: applied, tried, accepted, written as a call."""

@@ -1,0 +1,1 @@
+"""What samples, statistics and answers say: pure functions whose unit is the sample."""

@@ -1,0 +1,1 @@
+"""One step of the user's training: run under instruments, and what was seen."""

@@ -1,0 +1,1 @@
+"""What the report says, in words: on the screen, for GitHub, as a page, as a schema."""
