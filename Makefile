@@ -44,5 +44,5 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
 	    --editable '.[demo]' hatchling ruff mypy pytest pytest-timeout pytest-xdist hypothesis \
 	    jsonschema \
-	    torchvision timm transformers onnx onnxscript onnxruntime
+	    torchvision timm transformers onnx onnxscript onnxruntime keras jax
 	touch $(READY)

@@ -23,6 +23,7 @@ PUBLIC = {
     "StillnormWarning",
     "check",
     "eval_mode",
+    "export_onnx",
     "fold",
     "freeze",
     "inspect",
@@ -40,6 +41,8 @@ PUBLIC = {
 # Modules of rarer tools, with what is called in them.
 TOOLS = {
     "averages": ("match_average", "pool_statistics"),
+    "export": ("export_program",),
+    "port": ("compare", "from_keras", "table", "to_keras"),
     "repair": (
         "absorb_bias",
         "clamp_variance",
@@ -165,7 +168,8 @@ print(*(str(thing) for thing in (sn.freeze(net), sn.inspect(net))), file=sys.std
 sn.snapshot(net).verify(net)
 """
     loaded = set(python(NEW_PACKAGES.format(code=code)).split())
-    extras = {"click", "jinja2", "sklearn", "PIL", "onnx", "torchvision", "timm", "transformers"}
+    extras = {"click", "jinja2", "sklearn", "PIL", "onnx", "onnxscript", "onnxruntime"}
+    extras |= {"torchvision", "timm", "transformers", "keras"}
     assert not loaded & extras
     assert {"rich", "safetensors"} <= loaded  # this test can see what is loaded
 

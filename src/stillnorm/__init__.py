@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stillnorm import averages as averages
+    from stillnorm import porting as port
+    from stillnorm import export as export
     from stillnorm import repair as repair
     from stillnorm import testing as testing
     from stillnorm.calibration import recalibrate as recalibrate
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from stillnorm.diagnosis import inspect as inspect
     from stillnorm.errors import StillnormError as StillnormError
     from stillnorm.errors import StillnormWarning as StillnormWarning
+    from stillnorm.export import export_onnx as export_onnx
     from stillnorm.folding import fold as fold
     from stillnorm.freezing import freeze as freeze
     from stillnorm.freezing import is_frozen as is_frozen
@@ -41,6 +44,7 @@ _ROOM_OF = {
     "StillnormWarning": "errors",
     "check": "diagnosis",
     "eval_mode": "state",
+    "export_onnx": "export",
     "fold": "folding",
     "freeze": "freezing",
     "inspect": "diagnosis",
@@ -56,14 +60,21 @@ _ROOM_OF = {
 }
 
 # The rarer tools, which are called by their module: `sn.repair.absorb_bias`.
-_MODULES = ("averages", "repair", "testing")
+# By name: the room, where that is called otherwise.
+_MODULES = {
+    "averages": "averages",
+    "export": "export",
+    "port": "porting",
+    "repair": "repair",
+    "testing": "testing",
+}
 
 __all__ = sorted((*_ROOM_OF, *_MODULES))
 
 
 def __getattr__(name: str) -> object:
     if name in _MODULES:
-        return importlib.import_module(f"stillnorm.{name}")
+        return importlib.import_module(f"stillnorm.{_MODULES[name]}")
     if name not in _ROOM_OF:
         raise AttributeError(f"module 'stillnorm' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"stillnorm.{_ROOM_OF[name]}"), name)

@@ -277,7 +277,7 @@ def test_the_schema_is_current() -> None:
 
 def test_a_real_report_is_json_too() -> None:
     net = estimated(conv_net())
-    net[1].running_mean += 3
+    net[1].running_mean += 3  # the first norm: the data are others, whatever they score
     net[4].momentum = 0.99
     data = json.loads(check(net, batches(), score=lambda out, _: out.mean()).to_json())
     assert [f["code"] for f in data["findings"]] == ["SN105", "SN108", "SN204"]

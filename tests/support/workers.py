@@ -408,7 +408,7 @@ def diverged(rank: int) -> dict[str, Any]:
     except sn.errors.BatchError:
         seen["a batch that fails on rank 1"] = "raised"
 
-    from stillnorm.diagnosis import peers
+    from stillnorm.diagnosis.evidence import peers
 
     kept = peers._statistics
     if rank == 1:

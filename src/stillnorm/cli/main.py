@@ -10,6 +10,7 @@ from stillnorm.cli.check import check
 from stillnorm.cli.demo import demo
 from stillnorm.cli.diff import diff
 from stillnorm.cli.explain import explain
+from stillnorm.cli.export import export
 from stillnorm.cli.failures import report
 from stillnorm.cli.fold import fold
 from stillnorm.cli.inspect import inspect
@@ -53,5 +54,5 @@ def main(traceback: bool) -> None:
     """BatchNorm that holds still: see what every norm layer does, and prove what is wrong."""
 
 
-for command in (inspect, check, explain, diff, recalibrate, fold, demo):
+for command in (inspect, check, explain, diff, recalibrate, fold, export, demo):
     main.add_command(command)

@@ -60,6 +60,10 @@ class Rule(ABC):
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield what is wrong. Never changes the model."""
 
+    def symptoms(self, finding: Finding) -> tuple[str, ...]:
+        """Return the codes that one finding explains, where not all of the rule's explain all."""
+        return self.explains
+
     def unexplained(self, evidence: Evidence, layers: Iterable[NormLayer]) -> list[NormLayer]:
         """Return the layers whose symptom no cause found before accounts for."""
         return [layer for layer in layers if not evidence.causes.explain(self.code, layer.path)]

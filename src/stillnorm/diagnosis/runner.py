@@ -134,7 +134,7 @@ def check(
             ran.append(rule.code)
             for finding in found:
                 paths = evidence.from_here(finding.paths) if rule.spreads else finding.paths
-                evidence.causes.add(finding.code, rule.explains, paths)
+                evidence.causes.add(finding.code, rule().symptoms(finding), paths)
             findings += found
     findings = [
         replace(

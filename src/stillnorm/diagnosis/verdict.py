@@ -70,7 +70,8 @@ def judge(evidence: Evidence, findings: Sequence[Finding]) -> Verdict | None:
         head=evidence.runs.head,
     )
     codes = {finding.code for finding in findings if finding.severity != "info"}
-    stale = any(evidence.mismatched(layer) for layer in free) or bool(codes & set(STALE))
+    off = any(evidence.mismatched(layer) for layer in free) or bool(codes & set(STALE))
+    stale = off and not evidence.is_harmless
     broken = [f.code for f in findings if f.severity == "error" and f.code in STRUCTURAL]
     if not broken and _is_untrained(evidence, free):
         return Verdict("train", "nothing has been trained yet: train", size, numbers.batch)
@@ -109,9 +110,7 @@ class _Numbers:
         if broken:
             kept = "" if head is None else f"; freezing now would keep {in_units(head.eval, head)}"
             return "repair", f"repair {broken[0]} before anything else{kept}"
-        if (stale and (head is None or not head.is_harmless)) or (
-            head is not None and head.recalibration_pays
-        ):
+        if stale or (head is not None and head.recalibration_pays):
             return "recalibrate", f"{self._repaired()}: recalibrate, then {self.then}"
         if head is not None and head.matters(head.eval - head.batch):
             return "freeze", (

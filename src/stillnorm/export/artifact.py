@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -17,8 +18,6 @@ from stillnorm.errors import ExportError
 from stillnorm.export.call import Call
 from stillnorm.export.report import Port
 from stillnorm.tracing import first_line
-
-Shapes = dict[str, Any] | tuple[Any, ...] | list[Any] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +29,7 @@ class Artifact:
         opset: The version of ONNX's operators; None for a program.
         inputs: What the file takes.
         outputs: What it gives.
-        opened: By number of the input, the first size of those in which it was left open.
+        opened: By number of the input, the first sizes that were left open.
         stored: The norm layers in it, as `check` reads them.
         run: Runs it.
     """
@@ -39,22 +38,27 @@ class Artifact:
     opset: int | None
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    opened: Mapping[int, Any]
+    opened: Mapping[int, torch.SymInt]
     stored: Stored
     run: Callable[[Call], list[Tensor]]
 
 
 @contextlib.contextmanager
 def exporting(what: str) -> Iterator[None]:
-    """Turn what an exporter or a runtime raises into one line; keep its own talk to itself.
+    """Turn what an exporter raises into one line, and keep what it prints to itself.
 
     Raises:
         ExportError: Something was raised.
     """
     disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
+    quiet = io.StringIO()
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(quiet),
+        contextlib.redirect_stderr(quiet),
+    ):
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        logging.disable(logging.CRITICAL)
         try:
             yield
         except ExportError:
@@ -80,5 +84,5 @@ def _failed(what: str, error: Exception) -> ExportError:
         help="the forward branches on the value of a tensor: torch.where or torch.cond are what "
         "exporters can follow, or export the part without the branch, with forward="
         if by_value
-        else "the cause of this exception has the line of the forward",
+        else "the cause of this exception says more",
     )

@@ -9,13 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from stillnorm.tracing import Forward, copied, eager
-
-PREFIX = "model."  # of the paths in a `Called`
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,34 +23,30 @@ class Call:
         module: The model, or what calls it as the user does.
         args: Its positional arguments.
         kwargs: Its keyword arguments, in the order of the signature.
+        prefix: What stands before the model's paths in those of the module.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    prefix: str = ""
 
     @classmethod
     def of(cls, model: nn.Module, example: object, forward: Forward | None) -> Call:
         """Return the call of a model on an example, as `torch.export` takes it."""
         if forward is not None:
-            return cls(Called(model, forward), (example,), {})
+            return cls(Called(model, forward), (example,), {}, "model.")
         if isinstance(example, Mapping):
             order = list(inspect.signature(model.forward).parameters)
-            last = len(order)
-            names = sorted(example, key=lambda k: order.index(k) if k in order else last)
-            return cls(model, (), {name: example[name] for name in names})
+            if not example.keys() <= set(order):  # **kwargs, whose sizes cannot be left open
+                return cls.of(model, dict(example), lambda model, given: model(**given))
+            return cls(model, (), {name: example[name] for name in order if name in example})
         return cls(model, tuple(example) if isinstance(example, tuple | list) else (example,), {})
 
     @property
     def leaves(self) -> list[Any]:
-        """The inputs, flat."""
+        """The inputs, flat, as `torch.export` numbers them."""
         return tree_leaves((self.args, self.kwargs))
-
-    @property
-    def batch_size(self) -> int | None:
-        """The length of the first tensor that has one; None where there is none."""
-        sizes = (len(x) for x in self.leaves if isinstance(x, Tensor) and x.dim())
-        return next(sizes, None)
 
     def run(self) -> object:
         """Return what the model returns, on a copy of the inputs: models write to them."""
@@ -62,22 +55,13 @@ class Call:
             output: object = self.module(*args, **kwargs)
         return output
 
-    def resized(self, size: int, varies: Callable[[int, Tensor], bool]) -> Call:
-        """Return the call with another batch size, from its samples in turn.
-
-        Args:
-            size: The batch size.
-            varies: Whether the input of that number, a tensor, grows and shrinks with the batch.
-        """
+    def resized(self, size: int, varies: Callable[[int], bool]) -> Call:
+        """Return the call with another batch size; `varies` says which inputs have it."""
         numbers = iter(range(len(self.leaves)))
-
-        def to_size(leaf: object) -> object:
-            number = next(numbers)
-            if not isinstance(leaf, Tensor) or not leaf.dim() or not varies(number, leaf):
-                return leaf
-            return leaf[torch.arange(size, device=leaf.device) % len(leaf)]
-
-        args, kwargs = tree_map(to_size, (self.args, self.kwargs))
+        args, kwargs = tree_map(
+            lambda leaf: _resized(leaf, size) if varies(next(numbers)) else leaf,
+            (self.args, self.kwargs),
+        )
         return replace(self, args=args, kwargs=kwargs)
 
 
@@ -105,21 +89,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, DataParallel | DistributedDataParallel):
             model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         else:
             return model
 
 
-def dynamic_inputs(program: ExportedProgram, call: Call) -> dict[int, Any]:
-    """Return, by number of the input, the first size of those in which it was left open."""
-    names = program.graph_signature.user_inputs
-    if len(names) != len(call.leaves):
-        return {}
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    found = {}
-    for number, name in enumerate(names):
-        value = values.get(name) if isinstance(name, str) else None
-        if isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt):
-            found[number] = value.shape[0]
-    return found
+def size_of(example: object) -> int | None:
+    """Return the batch size of an example: the length of its first tensor that has one."""
+    return next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.dim()), None)
+
+
+def doubled(example: object) -> object:
+    """Return an example of one sample with that sample twice."""
+    return tree_map(
+        lambda x: _resized(x, 2) if isinstance(x, Tensor) and x.dim() and len(x) == 1 else x,
+        example,
+    )
+
+
+def _resized(tensor: Tensor, size: int) -> Tensor:
+    """Return a tensor with that many samples: its own, in turn."""
+    return tensor[torch.arange(size, device=tensor.device) % len(tensor)]

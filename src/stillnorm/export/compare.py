@@ -5,10 +5,10 @@ For each output, with d the difference and y what the model computes in eval mod
     rms = rms(d) / rms(y)        at most 0.3 √eps, which is 1e-4 in float32
     max = max|d| / max|y|        at most   3 √eps, which is 1e-3 in float32
 
-where eps is that of the coarsest dtype that the model computes in: exporters fold, reorder and fuse,
-which rounds differently and not worse. A norm by other statistics is off by 1e-2 and more. Of
-integers and booleans one in a thousand may differ: an argmax turns where two values are a rounding
-apart.
+where eps is that of the coarsest dtype that the model computes in: exporters fold, reorder and
+fuse, which rounds differently and not worse. A norm by other statistics is off by 1e-2 and more.
+Of integers and booleans one in a thousand may differ: an argmax turns where two values are a
+rounding apart.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ from torch import Tensor
 
 from stillnorm.diagnosis.files.onnx_file import read_onnx
 from stillnorm.errors import ExportError
-from stillnorm.export.artifact import Artifact, Shapes, exporting
-from stillnorm.export.call import Call, dynamic_inputs
+from stillnorm.export.artifact import Artifact, exporting
+from stillnorm.export.call import Call
 from stillnorm.export.report import Port
+from stillnorm.export.sizes import opened
 from stillnorm.tracing import first_line
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -35,7 +38,7 @@ def must_be_installed() -> None:
             ) from error
 
 
-def write_onnx(call: Call, shapes: Shapes, path: Path) -> Artifact:
+def write_onnx(call: Call, shapes: Any, path: Path) -> Artifact:
     """Export a call and write it.
 
     Raises:
@@ -54,20 +57,16 @@ def write_onnx(call: Call, shapes: Shapes, path: Path) -> Artifact:
         if program is None or program.exported_program is None:
             raise ExportError("torch.onnx.export returned no program")
         exported = program.exported_program
-        opened = dynamic_inputs(exported, call)
-        program.rename_axes(dict.fromkeys(map(str, opened.values()), "batch"))
+        sizes = opened(exported, call)
+        program.rename_axes(dict.fromkeys(map(str, sizes.values()), "batch"))
         program.save(str(path))
     session = _session(path)
-    taken = [port.name for port in session.get_inputs()]
-    names = [str(name) for name in exported.graph_signature.user_inputs]
+    names = [port.name for port in session.get_inputs()]
 
     def run(other: Call) -> list[Tensor]:
-        given = {
-            name: _array(leaf)
-            for name, leaf in zip(names, other.leaves, strict=True)
-            if name in taken
-        }
-        with exporting("onnxruntime"):
+        tensors = [leaf for leaf in other.leaves if isinstance(leaf, Tensor)]
+        with _running():
+            given = {name: _array(x) for name, x in zip(names, tensors, strict=True)}
             return [torch.from_numpy(array) for array in session.run(None, given)]
 
     return Artifact(
@@ -75,7 +74,7 @@ def write_onnx(call: Call, shapes: Shapes, path: Path) -> Artifact:
         {entry.domain: entry.version for entry in _header(path).opset_import}.get(""),
         _ports(session.get_inputs()),
         _ports(session.get_outputs()),
-        opened,
+        sizes,
         read_onnx(path),
         run,
     )
@@ -87,7 +86,7 @@ def _session(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4
-    with exporting("onnxruntime"):
+    with _running():
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -97,13 +96,24 @@ def _header(path: Path) -> Any:
     return onnx.load(str(path), load_external_data=False)
 
 
-def _array(leaf: Any) -> Any:
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+@contextlib.contextmanager
+def _running() -> Iterator[None]:
+    """Turn what onnxruntime raises into one line.
+
+    Raises:
+        ExportError: Something was raised.
+    """
     try:
-        return leaf.detach().cpu().contiguous().numpy()
-    except (AttributeError, TypeError) as error:
+        yield
+    except Exception as error:
         raise ExportError(
-            f"an input cannot be handed to onnxruntime: {first_line(error)}",
-            help="model.float() and a float32 example are what it runs everywhere",
+            f"onnxruntime does not run the file: {first_line(error)[:300]}",
+            help="on the CPU it runs float32 throughout, and other dtypes in some operators: "
+            "model.float(), or another batch size with dynamic=False",
         ) from error
 
 

@@ -12,13 +12,14 @@ from torch.export.graph_signature import TensorArgument
 from torch.utils._pytree import tree_leaves, tree_map
 
 from stillnorm.diagnosis.files.pt2_file import read_pt2
-from stillnorm.export.artifact import Artifact, Shapes, exporting
-from stillnorm.export.call import Call, dynamic_inputs
+from stillnorm.export.artifact import Artifact, exporting
+from stillnorm.export.call import Call
 from stillnorm.export.report import Port
+from stillnorm.export.sizes import opened
 from stillnorm.tracing import copied
 
 
-def write_program(call: Call, shapes: Shapes, path: Path) -> Artifact:
+def write_program(call: Call, shapes: Any, path: Path) -> Artifact:
     """Export a call and write it.
 
     Raises:
@@ -46,7 +47,7 @@ def write_program(call: Call, shapes: Shapes, path: Path) -> Artifact:
         None,
         _ports(loaded, inputs),
         _ports(loaded, outputs),
-        dynamic_inputs(program, call),
+        opened(program, call),
         read_pt2(path),
         run,
     )

@@ -110,8 +110,7 @@ class ExportReport:
         if self.fixed_batch:
             blocks.append(Line(f"the batch size is fixed: {self.fixed_batch}"))
         rows = tuple(
-            ("-" if run.batch_size is None else str(run.batch_size), error.name)
-            + (short(error.max), short(error.rms))
+            (str(run.batch_size or "-"), error.name, short(error.max), short(error.rms))
             for run in self.runs
             for error in run.errors
         )

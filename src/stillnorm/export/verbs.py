@@ -1,29 +1,16 @@
-"""The verbs `export_onnx` and `export_program`: write, run what was written, compare."""
+"""The verbs: `export_onnx`, and `export_program` for `torch.export`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
-
-import torch
 from torch import nn
-from torch.export import ShapesCollection
 
-from stillnorm.errors import ExportError
-from stillnorm.export.artifact import Artifact, Shapes
-from stillnorm.export.call import PREFIX, Call, Called, unwrapped
-from stillnorm.export.files import target_of, written_whole
+from stillnorm.export.files import target_of
 from stillnorm.export.onnx_graph import must_be_installed, write_onnx
 from stillnorm.export.program import write_program
-from stillnorm.export.refusal import must_be_exportable, must_not_use_the_batch
-from stillnorm.export.report import ExportReport, Format
-from stillnorm.state import attributes_kept, preserved
+from stillnorm.export.report import ExportReport
+from stillnorm.export.writing import Dynamic, export
 from stillnorm.state.files import StrPath
 from stillnorm.tracing import Forward
-
-Dynamic = bool | dict[str, Any] | tuple[Any, ...] | list[Any]
-Writer = Callable[[Call, Shapes, Path], Artifact]
 
 
 def export_onnx(
@@ -76,6 +63,7 @@ def export_onnx(
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).train()
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     report = export_onnx(net, torch.randn(2, 4), f"{folder}/net.onnx")
@@ -87,7 +75,7 @@ def export_onnx(
     """
     must_be_installed()
     target = target_of(path, ".onnx")
-    return _export(write_onnx, "ONNX graph", model, example, target, forward, dynamic)
+    return export(write_onnx, "ONNX graph", model, example, target, forward, dynamic)
 
 
 def export_program(
@@ -126,6 +114,7 @@ def export_program(
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).train()
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     report = export_program(net, torch.randn(2, 4), f"{folder}/net.pt2")
@@ -133,74 +122,4 @@ def export_program(
         (('1',), (4,), '')
     """
     target = target_of(path, ".pt2")
-    return _export(write_program, "exported program", model, example, target, forward, dynamic)
-
-
-def _export(
-    write: Writer,
-    format: Format,
-    model: nn.Module,
-    example: object,
-    target: Path,
-    forward: Forward | None,
-    dynamic: Dynamic,
-) -> ExportReport:
-    model = unwrapped(model)
-    with attributes_kept(model), preserved(model), torch.inference_mode(False), torch.no_grad():
-        model.eval()
-        call = Call.of(model, example, forward)
-        plans = list(_plans(call, dynamic))
-        # A batch of one shows nothing of what depends on the batch.
-        shown = plans[0][0]
-        given = (
-            (*shown.args, *shown.kwargs.values())[0]
-            if forward is not None
-            else (shown.kwargs or shown.args)
-        )
-        seen = must_be_exportable(model, given, forward)
-        normed = {one.path for one in seen.calls if one.used == "running"}
-        fixed = ""
-        for number, (traced, shapes) in enumerate(plans, 1):
-            try:
-                with written_whole(target) as path:
-                    artifact = write(traced, shapes, path)
-                    if any(norm.uses == "batch" for norm in artifact.stored.norms):
-                        must_not_use_the_batch(path)
-                    runs = tuple(_runs(artifact, call))
-                    files = sorted(p for p in path.parent.iterdir() if p != path)
-                    total = sum(p.stat().st_size for p in (path, *files))
-                break
-            except ExportError as error:
-                if number == len(plans):
-                    raise
-                fixed = f"left open, {error.fact}"
-    called = isinstance(call.module, Called)
-    paths = [
-        norm.path.removeprefix(PREFIX) if called else norm.path for norm in artifact.stored.norms
-    ]
-    return ExportReport(
-        path=target,
-        format=format,
-        opset=artifact.opset,
-        inputs=artifact.inputs,
-        outputs=artifact.outputs,
-        fixed_batch=fixed,
-        remaining=tuple(paths),
-        absorbed=tuple(sorted(normed.difference(paths))),
-        runs=runs,
-        size=total,
-        data=target.parent / files[0].name if files else None,
-    )
-
-
-def _plans(call: Call, dynamic: Dynamic) -> Iterator[tuple[Call, Shapes]]:
-    """Yield what to try in turn: the call to trace, and which of its sizes are open."""
-    size = call.batch_size
-    if not isinstance(dynamic, bool):
-        yield call, dynamic
-        return
-    if dynamic and size is not None and size > 0:
-        # torch takes a size of 1 for a constant.
-        traced = call if size > 1 else call.resized(2, lambda _, leaf: len(leaf) == size)
-        shapes = ShapesCollection()  # type: ignore[no-untyped-call]
-    yield call, None
+    return export(write_program, "exported program", model, example, target, forward, dynamic)

@@ -1,9 +1,9 @@
 r"""What a batch norm and a kernel are called in Keras and in torch: the formulas, on numbers alone.
 
 Keras updates its moving statistics by :math:`\mu \leftarrow m \mu + (1 - m) \bar x`, torch by
-:math:`\mu \leftarrow (1 - m) \mu + m \bar x`: Keras' momentum is the share of the old value, torch's
-that of the new batch. Both normalise a batch of n values by its biased variance, a mean of squares
-over n. Keras keeps that one, torch keeps the unbiased one, over n - 1.
+:math:`\mu \leftarrow (1 - m) \mu + m \bar x`: Keras' momentum is the share of the old value,
+torch's that of the new batch. Both normalise a batch of n values by its biased variance, a mean
+of squares over n. Keras keeps that one, torch the unbiased one, over n - 1.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ _DIFFERENCES = (
         "trainable=False on the layer, and compile() again",
         "training=False in the call",
         "use_running_average=True",
-        "the next model.train() thaws a layer in eval mode (SN301)",
+        "the next model.train() thaws a layer in eval mode (SN003)",
         (_TORCH_CODE, _KERAS, _TF1, _FLAX),
     ),
     Difference(

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import Literal
 
 from stillnorm.errors import PortError
-from stillnorm.porting.keras_layers import KerasPart
+from stillnorm.porting.keras.parts import KerasPart
 from stillnorm.porting.torch_layers import TorchPart
 
 Names = Mapping[str, str] | Callable[[str], str] | None
@@ -70,10 +70,7 @@ _HELP = {
 def _by_map(keras: Sequence[KerasPart], torch: Sequence[TorchPart], names: Names) -> Matching:
     parts = {part.name: part for part in keras}
     paths = {part.path: part for part in torch}
-    if callable(names):
-        named = {name: names(name) for name in parts}
-    else:
-        named = dict(names or {})
+    named = {name: names(name) for name in parts} if callable(names) else dict(names or {})
     for given, known, what in (
         (named.keys(), parts, "layer of the Keras model"),
         (named.values(), paths, "layer of the torch model"),

@@ -69,32 +69,30 @@ class Agreement(Written):
     def __bool__(self) -> bool:
         return self.same_outputs and self.same_statistics
 
+    def told(self) -> str:
+        """Return the numbers as one line."""
+        return "; ".join(self.lines())
+
+    def lines(self) -> tuple[str, ...]:
+        """Return the numbers, a line for either comparison."""
+        outputs = (
+            f"eval outputs differ by {short(self.error)}, the largest is {short(self.largest)}, "
+            f"tolerance {short(self.tolerance)} of it"
+        )
+        after = "statistics after a training step"
+        if self.not_compared:
+            return outputs, f"{after} not compared: {self.not_compared}"
+        if not self.statistics:
+            return (outputs,)
+        worst = max(self.statistics, key=lambda one: one.largest)
+        differ = f"differ by {short(worst.largest)} in {worst.path or '(root)'}, the worst of"
+        step = "the variance of a step in Keras times n / (n - 1)"
+        return outputs, f"{after} {differ} {count(len(self.statistics), 'norm')}; {step}"
+
     def document(self) -> Document:
         """Return it as a document."""
-        return Document("the models agree" if self else "the models differ", self.blocks())
-
-    def blocks(self) -> tuple[Block, ...]:
-        """Return the numbers."""
-        blocks = [
-            Line(
-                f"eval outputs: differ by {short(self.error)} at most, largest output "
-                f"{short(self.largest)}, tolerance {short(self.tolerance)} of that"
-            )
-        ]
-        if self.not_compared:
-            blocks.append(
-                Line(f"statistics after a training step: not compared, {self.not_compared}")
-            )
-        elif self.statistics:
-            worst = max(self.statistics, key=lambda one: one.largest)
-            blocks.append(
-                Line(
-                    f"statistics after a training step, {count(len(self.statistics), 'norm')}: "
-                    f"mean {short(worst.mean)}, variance {short(worst.variance)} apart at most, "
-                    f"in {worst.path or '(root)'}; Keras' biased variance times n / (n - 1)"
-                )
-            )
-        return tuple(blocks)
+        title = "the models agree" if self else "the models differ"
+        return Document(title, (Line(""), *map(Line, self.lines())))
 
 
 @dataclass(frozen=True)
@@ -152,24 +150,19 @@ class PortReport(Written):
             f"{count(len(self.ported), 'layer')} ported to {self.to}, {norms} of them batch norms, "
             f"matched by {by}"
         )
-        blocks: list[Block] = []
-        if norms:
-            blocks.append(Line(self.variance))
+        lines = [self.variance] if norms else []
         if self.agreement is not None:
-            blocks += self.agreement.blocks()
+            lines += self.agreement.lines()
         else:
-            blocks.append(
-                Line(
-                    "outputs not compared: example= does that"
-                    + ("; layers of one shape may have changed places" * (self.matched == "order"))
-                )
-            )
+            places = "; layers of one shape may have changed places" * (self.matched == "order")
+            lines.append(f"outputs not compared: example= does that{places}")
         if self.recompile:
-            blocks.append(Line("the Keras model is compiled: compile() again, then train"))
+            lines.append("the Keras model is compiled: compile() again, then train")
+        if self.left:
+            lines.append(f"not in names=, left alone: {', '.join(self.left)}")
+        blocks: list[Block] = [Line(""), *map(Line, lines)]
         noted = ((one.path, note) for one in self.ported for note in one.notes)
         if rows := refusal_rows(noted):
             blocks += [Line(""), Table(("layer", "note"), rows, "ll")]
-        if self.left:
-            blocks.append(Line(f"not in names=, left alone: {', '.join(self.left)}"))
         blocks += left_alone(self.refused)
         return Document(title, tuple(blocks))

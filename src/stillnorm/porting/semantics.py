@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from stillnorm.holding import hold, release, remember, why_not, why_not_release
 from stillnorm.norms import NormLayer
-from stillnorm.porting.algebra import biased, complement, unbiased
-from stillnorm.porting.keras_layers import KerasPart
+from stillnorm.porting.algebra import complement
+from stillnorm.porting.keras.parts import KerasPart
 from stillnorm.porting.part import Refusal
 from stillnorm.repair.surgery import Surgery
 
@@ -112,11 +112,6 @@ def to_keras(one: KerasPart, norm: NormLayer, surgery: Surgery) -> Iterator[str]
         yield "SyncBatchNorm in torch: in Keras that is synchronized=True, on TensorFlow alone"
     if held:
         yield "held in torch: trainable=False in Keras"
-
-
-def correct(tensor: Tensor, n: int, to: str) -> Tensor:
-    """Return a variance in the other framework's convention, of batches of n values."""
-    return unbiased(tensor, n) if to == "torch" else biased(tensor, n)
 
 
 def write_keras(surgery: Surgery, one: KerasPart, name: str, value: Tensor) -> None:

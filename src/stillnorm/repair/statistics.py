@@ -118,7 +118,7 @@ def convert_variance(model: nn.Module, held: Held | float, layers: Layers = None
         var = layer.running_var
         if var is None:
             return None
-        new = _variance_of(var.double(), held, layer.eps).to(var.dtype)
+        new = variance_of(var.double(), held, layer.eps).to(var.dtype)
         if not new.isfinite().all() or (new < 0).any() or (var < 0).any():
             raise _Refusal(
                 "what it holds gives no variance: some channels would not be finite, or negative"
@@ -129,7 +129,8 @@ def convert_variance(model: nn.Module, held: Held | float, layers: Layers = None
     return _repaired(model, layers, repair)
 
 
-def _variance_of(x: Tensor, held: Held | float, eps: float) -> Tensor:
+def variance_of(x: Tensor, held: Held | float, eps: float) -> Tensor:
+    """Return the variance where `running_var` holds something else."""
     if held == "deviation":
         return x.square()
     if held == "inverse deviation":

@@ -36,7 +36,7 @@ MODELS: dict[str, Architecture] = {
     ),
     "torchvision/r3d": Architecture(  # 3-D
         lambda: VideoResNet(BasicBlock, [Conv3DSimple] * 4, [1, 1, 1, 1], BasicStem, 10),
-        lambda n, seed: images(2 * n, seed, size=24).reshape(n, 2, 3, 24, 24).transpose(1, 2),
+        lambda n, seed: images(2 * n, seed, size=16).reshape(n, 2, 3, 16, 16).transpose(1, 2),
     ),
     # In place of those above where a fault needs an image, or a layer that holds modules.
     "torchvision/mobilenet_v3_small": ARCHITECTURES["torchvision/mobilenet_v3_small"],
@@ -152,20 +152,19 @@ class Fault:
 
     Args:
         code: The rule that has to find it.
-        inject: Puts it into a healthy model.
+        inject: Puts it into a healthy model; or into a file, in the folder that it is given.
         severity: What the finding has to be.
         on: The architectures.
-        leading: How the layers of the fault stand in the finding: all of it and in this order, or
-            "first" among others that they spread to, or "among" them.
+        among: Whether other layers, which feel the same, are named too.
         beside: Other warnings that are true of the faulty model too, by code, and why.
         fix: Whether `Report.fix` makes it go away.
     """
 
     code: str
-    inject: Callable[[Subject], Case]
+    inject: Callable[..., Case]
     severity: str
     on: tuple[str, ...] = ALL
-    leading: str = "all"
+    among: bool = False
     beside: Mapping[str, str] = field(default_factory=dict)
     fix: bool = False
 
@@ -196,21 +195,19 @@ def repairs(faults: tuple[Fault, ...]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("fault", [fault for fault in faults if fault.fix], ids=str)
 
 
-def assert_found(fault: Fault, name: str) -> None:
+def assert_found(fault: Fault, name: str, *where: Path) -> None:
     """Inject the fault: its own code names its own layer, and nothing else is wrong."""
     torch.manual_seed(0)
-    case = fault.inject(subject(name))
+    case = fault.inject(subject(name), *where)
     report = case.checked()
     assert report.crashed == ()
     own = [finding for finding in report.findings if finding.code == fault.code]
     assert own, f"{fault.code} is not among {_seen(report)}"
     (finding,) = own
-    if fault.leading == "all":
-        assert finding.paths == case.paths
-    elif fault.leading == "first":
-        assert finding.paths[: len(case.paths)] == case.paths
-    else:
+    if fault.among:
         assert set(case.paths) <= set(finding.paths)
+    else:
+        assert finding.paths == case.paths
     assert finding.severity == fault.severity
     others = {
         f.code: (f.severity, f.message)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -183,6 +184,29 @@ def a_deviation_for_a_variance(it: Subject) -> Case:
     layer = unlike_in_variance(it)
     layer.module.running_var.sqrt_()
     return it.case(layer.path)
+
+
+def deviations_in_all_layers(it: Subject) -> Case:
+    for layer in it.layers:
+        layer.module.running_var.sqrt_()
+    return it.case(*it.in_order)
+
+
+def inverse_deviations_in_all_layers(it: Subject) -> Case:
+    for layer in it.layers:
+        layer.module.running_var.add_(layer.eps).rsqrt_()
+    return it.case(*it.in_order)
+
+
+def few_updates_of_all_layers(it: Subject) -> Case:
+    """As a short training leaves them."""
+    for layer in it.layers:
+        layer.module.reset_running_stats()
+    it.model.train()
+    for x in it.batches(64, seed=2)[:3]:
+        it.call(it.model, x)
+    it.model.eval()
+    return it.case(*it.in_order)
 
 
 def an_inverse_for_a_variance(it: Subject) -> Case:
@@ -407,6 +431,7 @@ def stripped(it: Subject) -> Case:
 def foreign_without_eps(it: Subject) -> Case:
     path = it.victim.path
     it.put(path, FrozenBatchNorm2d(it.victim.module))
+    it.recalibrate()
     return it.case(path)
 
 
@@ -585,7 +610,7 @@ def end_with_zeros(x: Tensor) -> Tensor:
 
 def infinite_sample(it: Subject) -> Case:
     batches = it.batches()
-    batches[1][3].view(-1)[0] = torch.inf
+    batches[1][3, 0] = torch.inf
     return it.case(it.in_order[0], batches=batches)
 
 
@@ -598,6 +623,66 @@ def averaged_weights(it: Subject) -> Case:
             conv.weight += conv.weight.std() * torch.randn_like(conv.weight)
         it.recalibrate()
         average.update_parameters(it.model)
-    path = f"module.{layer.path}"
     it.model = average
-    return it.case(path, select=("DEFAULT", "SN602"))
+    return it.case(layer.path, select=("DEFAULT", "SN602"))
+
+
+# --------------------------------------------------------------------------- files
+
+
+def without_statistics(it: Subject, folder: Path) -> Case:
+    """A checkpoint in which one layer has a count of batches and nothing counted."""
+    state = it.model.state_dict()
+    for name in ("running_mean", "running_var"):
+        del state[f"{it.victim.path}.{name}"]
+    return saved(state, folder, it.victim.path)
+
+
+def without_one_variance(it: Subject, folder: Path) -> Case:
+    state = it.model.state_dict()
+    del state[f"{it.victim.path}.running_var"]
+    return saved(state, folder, it.victim.path)
+
+
+def saved_with_nan(it: Subject, folder: Path) -> Case:
+    not_a_number(it)
+    return saved(it.model.state_dict(), folder, it.victim.path)
+
+
+def saved_with_negative_variance(it: Subject, folder: Path) -> Case:
+    negative_variance(it)
+    return saved(it.model.state_dict(), folder, it.victim.path)
+
+
+def saved_as_memory_was(it: Subject, folder: Path) -> Case:
+    it.victim.module.num_batches_tracked.fill_(2**40)
+    return saved(it.model.state_dict(), folder, it.victim.path)
+
+
+def saved_in_half_precision(it: Subject, folder: Path) -> Case:
+    """In float16, which has lost the variance of a channel."""
+    it.victim.module.running_var[0] = 1e-8
+    it.victim.module.half()
+    return saved(it.model.state_dict(), folder, it.victim.path)
+
+
+def saved(state: dict[str, Tensor], folder: Path, path: str) -> Case:
+    torch.save(state, folder / "model.pt")
+    return Case(folder / "model.pt", (path,))
+
+
+def exported_in_train_mode(it: Subject, folder: Path) -> Case:
+    return exported(it.model.train(), it, folder, it.in_order)
+
+
+def exported_with_one_layer_in_train_mode(it: Subject, folder: Path) -> Case:
+    it.victim.module.train()
+    return exported(it.model, it, folder, (it.victim.path,))
+
+
+def exported(model: nn.Module, it: Subject, folder: Path, paths: tuple[str, ...]) -> Case:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, (it.batches()[0][:2],))
+        torch.export.save(program, folder / "model.pt2")
+    return Case(folder / "model.pt2", paths)

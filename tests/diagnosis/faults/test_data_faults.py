@@ -5,13 +5,15 @@ from __future__ import annotations
 from diagnosis.faults import injections as do
 from diagnosis.faults.grid import IMAGES, Fault, assert_found, assert_repaired, grid, repairs
 
+SMALL = {"SN207": "the batches are of 8"}
+
 FAULTS = (
     Fault("SN106", do.scaled_to_255, "error", on=IMAGES),
     Fault("SN106", do.normalised_for_another, "error", on=IMAGES),
-    Fault("SN209", do.padded, "warning", leading="among"),
-    Fault("SN308", do.domains_in_turns, "warning", leading="among"),
-    Fault("SN309", do.sorted_batches, "warning", leading="among"),
-    Fault("SN310", do.answers_of_mates, "warning"),
+    Fault("SN209", do.padded, "warning", among=True),
+    Fault("SN308", do.domains_in_turns, "warning", among=True, beside=SMALL),
+    Fault("SN309", do.sorted_batches, "warning", among=True, beside=SMALL),
+    Fault("SN310", do.answers_of_mates, "warning", beside=SMALL),
     Fault("SN402", do.infinite_sample, "error"),
     Fault("SN402", do.overflowing_weights, "error"),
     Fault("SN403", do.large_offset, "warning"),

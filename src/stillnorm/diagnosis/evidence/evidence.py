@@ -206,6 +206,19 @@ class Evidence:
         single = max(self.measured.batch_sizes) == 1
         return felt is None or (felt.is_far(part) if single else felt.exceeds(part / 2))
 
+    @cached_property
+    def is_harmless(self) -> bool:
+        """Tell whether statistics that are off cost nothing: the user's score does not suffer.
+
+        Not where the first norm is off. There the data are others, and a network that has not
+        learned them can score by chance whatever the statistics are.
+        """
+        head = None if self.runs is None else self.runs.head
+        first = next(iter(self.in_order(self.layers)), None)
+        return (
+            head is not None and head.is_harmless and (first is None or not self.mismatched(first))
+        )
+
     def contradicts_initial(self, layer: NormLayer) -> bool:
         """Tell whether what a never-estimated layer received has another mean or variance.
 

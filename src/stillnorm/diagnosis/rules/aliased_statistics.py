@@ -57,12 +57,12 @@ class AliasedStatistics(Rule):
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding for all layers that share, one for all that have several names."""
-        shared = [
+        shared = dict.fromkeys(  # once, also where both statistics are shared
             layer
             for layers in _sharing(evidence.layers)
             if any(layer.updates_statistics(evidence.in_train(layer)) for layer in layers)
             for layer in layers
-        ]
+        )
         if shared:
             yield self.finding(
                 tuple(layer.path for layer in shared),

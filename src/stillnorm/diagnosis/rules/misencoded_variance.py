@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding, Fix
 from stillnorm.diagnosis.measures.encoding import Encoding, Reading, read_encodings
+from stillnorm.diagnosis.measures.measure import distance
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms import NormLayer
+from stillnorm.repair.statistics import Held, variance_of
 from stillnorm.reports.document import Table
 from stillnorm.reports.numbers import short
 
@@ -35,7 +37,9 @@ class MisencodedVariance(Rule):
         one factor. Against the variances measured it lies on a line of slope 0.5, -0.5, -1 or 1 in
         logarithms (`encoding.py`); after conversion less is left than half of what SN105 calls far,
         and the running mean is right. It is told for each layer by itself; once one is, layers
-        whose variances differ too little for a slope are named too, where their values agree.
+        whose variances differ too little for a slope are named too, where their values agree, and
+        those that are too narrow or too noisy, where conversion leaves nothing that SN105 would
+        name.
 
         A factor is told for several layers together: at least two, and half of those that can be
         measured, with the same factor. Their means have to be as they are, or multiplied as well,
@@ -90,21 +94,27 @@ class MisencodedVariance(Rule):
             if layer.family == "batch" and not evidence.is_held(layer)
         ]
         readings = {layer: found for layer in free if (found := _read(evidence, layer))}
-        for encoding, words in _WORDS.items():
-            if of_it := _all_of(encoding, readings):
-                yield self._found(evidence, of_it, f"is {words}", encoding)
+        told = {encoding: _all_of(encoding, readings) for encoding in _WORDS}
+        for encoding, of_it in told.items():
+            if of_it:
+                others = set().union(*told.values()) - of_it.keys()
+                layers = _with(evidence, of_it, (x for x in free if x not in others), encoding)
+                yield self._found(evidence, of_it, f"is {_WORDS[encoding]}", encoding, layers)
         measured = sum(evidence.distance(layer, "batch") is not None for layer in free)
         if scaled := _of_one_factor(_all_of("factor", readings), measured):
-            yield self._scaled(evidence, scaled)
+            others = set().union(*told.values())
+            yield self._scaled(evidence, scaled, [x for x in free if x not in others])
 
-    def _scaled(self, evidence: Evidence, readings: Readings) -> Finding:
+    def _scaled(self, evidence: Evidence, readings: Readings, free: Sequence[NormLayer]) -> Finding:
         factor = median(r.factor for r in readings.values())
-        if _means_too(readings):
-            words = f"is {short(factor, 3)} times that of the data, and so is the mean"
-            help = f"divide running_mean and running_var by {short(factor, 3)}"
-            return self._found(evidence, readings, words, None, help)
+        held = float(f"{1 / factor:.3g}")
         words = f"is {short(factor, 3)} times that of the data"
-        return self._found(evidence, readings, words, float(f"{1 / factor:.3g}"))
+        if _means_too(readings):
+            layers = _with(evidence, readings, free, held, of_mean=held)
+            words += ", and so is the mean"
+            help = f"divide running_mean and running_var by {short(factor, 3)}"
+            return self._found(evidence, readings, words, None, layers, help)
+        return self._found(evidence, readings, words, held, _with(evidence, readings, free, held))
 
     def _found(
         self,
@@ -112,16 +122,17 @@ class MisencodedVariance(Rule):
         readings: Readings,
         words: str,
         held: str | float | None,
+        layers: Sequence[NormLayer],
         help: str = "mend the loading, or sn.repair.convert_variance(model, {!r}, layers)",
     ) -> Finding:
-        paths = tuple(layer.path for layer in readings)
-        layers = "" if len(paths) == 1 else f" of {len(paths)} layers"
+        paths = tuple(layer.path for layer in layers)
+        whose = "" if len(paths) == 1 else f" of {len(paths)} layers"
         fix = (
             None if held is None else Fix("make a variance of it", "unsafe", "convert", paths, held)
         )
         return self.finding(
             paths,
-            f"the running variance{layers} {words}",
+            f"the running variance{whose} {words}",
             evidence={
                 "layers": {
                     layer.path: {"slope": r.slope, "factor": r.factor, "left": r.after}
@@ -131,7 +142,7 @@ class MisencodedVariance(Rule):
             table=_table(readings),
             help=help.format(held),
             fix=fix,
-            where=evidence.where(*readings),
+            where=evidence.where(*layers),
         )
 
 
@@ -168,6 +179,30 @@ def _of_one_factor(scaled: Readings, measured: int) -> Readings:
         return {}
     powers = {r.mean_power for r in alike.values()}
     return alike if powers & {0.0, 1.0} and 0.5 not in powers else {}
+
+
+def _with(
+    evidence: Evidence,
+    told: Readings,
+    free: Iterable[NormLayer],
+    held: Held | float,
+    of_mean: float = 1.0,
+) -> list[NormLayer]:
+    """Return the layers told, and in their order those of which what they hold is all that is wrong.
+
+    These are too narrow or too noisy to show it by themselves.
+    """
+
+    def is_all(layer: NormLayer) -> bool:
+        mean, var = evidence.statistics[layer.path]
+        seen, off = evidence.samples(layer, "batch"), evidence.distance(layer, "batch")
+        if mean is None or var is None or off is None or not off.is_far():
+            return False
+        var = variance_of(var.double(), held, layer.eps)
+        left = distance(mean * of_mean, var, layer.eps, seen, instance=False)
+        return left is not None and not left.is_far()
+
+    return [layer for layer in free if layer in told or is_all(layer)]
 
 
 def _means_too(readings: Readings) -> bool:

@@ -111,11 +111,9 @@ class MismatchedStatistics(Rule):
     def _free(self, evidence: Evidence, layers: Sequence[Seen]) -> Finding:
         paths = tuple(layer.path for layer, _ in layers)
         samples = layers[0][1].samples
-        head = evidence.measured.head
-        harmless = head is not None and head.is_harmless
         if samples < ENOUGH_SAMPLES:
             note = f"{samples} samples; from {ENOUGH_SAMPLES} on this is an error"
-        elif harmless:
+        elif evidence.is_harmless:
             note = "your score does not suffer: neither batch statistics nor recalibrating raise it"
         else:
             note = _cause(evidence, layers)
@@ -125,7 +123,7 @@ class MismatchedStatistics(Rule):
         return self.finding(
             paths,
             f"{whose} are not those of the data",
-            severity="info" if samples < ENOUGH_SAMPLES or harmless else "error",
+            severity="info" if samples < ENOUGH_SAMPLES or evidence.is_harmless else "error",
             evidence=_numbers(evidence, layers),
             note=note,
             also=count(len(paths) - SHOWN, "more layer") if len(paths) > SHOWN else "",

@@ -63,6 +63,12 @@ class OverflowingInput(Rule):
     slug = "overflowing-input"
     severity = "error"
     needs = ("forward",)
+    explains = ("SN105",)
+    spreads = True
+
+    def symptoms(self, finding: Finding) -> tuple[str, ...]:
+        """Return what values out of range explain; those that are only near it explain nothing."""
+        return self.explains if finding.severity == "error" else ()
 
     def find(self, evidence: Evidence) -> Iterator[Finding]:
         """Yield one finding: where values stop being finite, or how near they are."""

@@ -1,4 +1,4 @@
-"""The layers of a Keras 3 model that have weights. The one file here that imports Keras.
+"""The layers of a Keras 3 model that have weights.
 
 Keras keeps kernels as (*k, in, out) and knows its backend's tensors only; what this file gives and
 takes is torch's, in torch's layout, on the CPU.
@@ -84,18 +84,26 @@ class KerasPart:
 
 
 def read(variable: Any) -> Tensor:
-    """Return a copy of a variable's value."""
-    dtype = variable.dtype
-    if dtype == "bfloat16":  # NumPy has none
-        variable = keras.ops.cast(variable, "float32")
-    value = torch.tensor(keras.ops.convert_to_numpy(variable))
-    return value.bfloat16() if dtype == "bfloat16" else value
+    """Return a copy of a variable's value, on the CPU."""
+    return as_torch(variable.value)
+
+
+def as_torch(value: Any) -> Tensor:
+    """Return a copy of an array of any framework, on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    half = keras.backend.standardize_dtype(getattr(value, "dtype", "float32")) == "bfloat16"
+    array = keras.ops.convert_to_numpy(keras.ops.cast(value, "float32") if half else value)
+    tensor = torch.tensor(array)
+    return tensor.bfloat16() if half else tensor  # NumPy has no bfloat16
 
 
 def assign(variable: Any, value: Tensor) -> None:
     """Write a value into a variable, in place on the torch backend."""
-    half = value.dtype == torch.bfloat16
-    variable.assign((value.float() if half else value).contiguous().numpy())
+    if value.dtype == torch.bfloat16:
+        value = value.float()
+    # A copy of its own: JAX takes over the memory of an array, and torch would go on writing to it.
+    variable.assign(value.contiguous().clone().numpy())
 
 
 def is_keras_model(model: object) -> bool:

@@ -1,0 +1,236 @@
+"""Write, run what was written beside the model, compare: the same for every format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from stillnorm.errors import BatchError, ExportError, StateError
+from stillnorm.export.artifact import Artifact
+from stillnorm.export.call import Call, doubled, size_of, unwrapped
+from stillnorm.export.compare import OutputError, Tolerance, errors
+from stillnorm.export.files import written_whole
+from stillnorm.export.refusal import must_be_exportable, must_not_use_the_batch
+from stillnorm.export.report import ExportReport, Format, Run
+from stillnorm.export.sizes import open_batch, with_other_sizes
+from stillnorm.norms.paths import without_wrappers
+from stillnorm.reports.numbers import short
+from stillnorm.state import attributes_kept, preserved
+from stillnorm.tracing import Forward, Trace, call_example, first_line, trace
+
+Dynamic = bool | dict[str, Any] | tuple[Any, ...] | list[Any]
+Writer = Callable[[Call, Any, Path], Artifact]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One way to export.
+
+    Args:
+        call: What the exporter is given.
+        shapes: The `dynamic_shapes`; None for none.
+        fixed: Why the batch size is fixed, if it turns out to be.
+        asked: Whether the user has said which sizes are open, and in which range.
+    """
+
+    call: Call
+    shapes: Any
+    fixed: str
+    asked: bool = False
+
+
+def export(
+    write: Writer,
+    format: Format,
+    model: nn.Module,
+    example: object,
+    target: Path,
+    forward: Forward | None,
+    dynamic: Dynamic,
+) -> ExportReport:
+    """Export a model; see `export_onnx`."""
+
+    def run(model: nn.Module, example: object) -> object:
+        return call_example(model, example, forward)
+
+    model = unwrapped(model)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise StateError(
+            "the model is TorchScript's, which keeps its own modes: nothing of it is exported",
+            help="use the Python model, before torch.jit.script or torch.jit.trace",
+        )
+    with attributes_kept(model), preserved(model), torch.inference_mode(False), torch.no_grad():
+        model.eval()
+        seen, output = _seen(model, example, run)
+        if format == "ONNX graph":
+            _must_be_tensors(output)
+        call = Call.of(model, example, forward)
+        several, alone = _several(model, example, forward)
+        must_be_exportable(model, several, run, seen.reached)
+        plans = _plans(call, Call.of(model, several, forward), alone, dynamic)
+        used = {one.path for one in seen.calls if one.used == "running"}
+        for plan in plans[:-1]:
+            try:
+                return _written(write, format, call, plan, target, used)
+            except ExportError as error:
+                plans[-1] = Plan(call, None, f"with any, {error.fact}")
+        return _written(write, format, call, plans[-1], target, used)
+
+
+def _seen(model: nn.Module, example: object, run: Forward) -> tuple[Trace, object]:
+    """Return what the norms do on the example in eval mode, and the output.
+
+    Raises:
+        BatchError: The model cannot be called on it, or it has no samples.
+    """
+    if size_of(example) == 0:
+        raise BatchError("the example has no samples", help="give one at least")
+    outputs: list[object] = []
+    try:
+        seen = trace(model, iter([example]), forward=run, on_output=lambda y, _: outputs.append(y))
+    except BatchError as error:
+        fact = error.fact.replace("batch 0: ", "on the example, ", 1)
+        raise BatchError(fact, help=error.help) from error
+    return seen, outputs[0]
+
+
+def _must_be_tensors(output: object) -> None:
+    """Raise where an output is none that a graph can return; it leaves out those that are None."""
+    for leaf in tree_leaves(output):
+        if leaf is not None and not isinstance(leaf, Tensor):
+            kind = type(leaf).__name__
+            raise ExportError(
+                f"the model returns a {type(output).__name__} with {kind} in it, which no graph can"
+                if leaf is not output
+                else f"the model returns {kind}, which no graph can",
+                help="forward=lambda model, example: ... that returns the tensors alone",
+            )
+
+
+def _several(model: nn.Module, example: object, forward: Forward | None) -> tuple[object, str]:
+    """Return the example with two samples at least, or why it has not."""
+    size = size_of(example)
+    if not size:
+        return example, "no input has samples"
+    if size > 1:
+        return example, ""
+    twice = doubled(example)
+    try:
+        Call.of(model, twice, forward).run()
+    except Exception as error:
+        return example, f"the model does not take two samples ({first_line(error)})"
+    return twice, ""
+
+
+def _plans(call: Call, several: Call, alone: str, dynamic: Dynamic) -> list[Plan]:
+    """Return what to try in turn.
+
+    Args:
+        call: The call on the example.
+        several: The same on two samples at least: torch takes a size of one for a constant.
+        alone: Why it has fewer.
+        dynamic: What the user says.
+    """
+    if not isinstance(dynamic, bool):
+        return [Plan(call, dynamic, "it is not among the open sizes", asked=True)]
+    if not dynamic:
+        return [Plan(call, None, "as asked")]
+    if alone:
+        return [Plan(call, None, alone)]
+    shapes = open_batch(several, size_of(several.leaves) or 0)
+    return [Plan(several, shapes, "the forward makes it a constant"), Plan(call, None, "")]
+
+
+def _written(
+    write: Writer, format: Format, call: Call, plan: Plan, target: Path, used: set[str]
+) -> ExportReport:
+    """Write a file in one way, prove that it is right, and put it in its place."""
+    with written_whole(target) as path:
+        artifact = write(plan.call, plan.shapes, path)
+        if any(norm.uses == "batch" for norm in artifact.stored.norms):
+            must_not_use_the_batch(path)
+        others = with_other_sizes(call, artifact.program, artifact.opened, asked=plan.asked)
+        runs = [_compared(artifact, call, size_of(call.leaves), call.run())]
+        runs += [
+            _compared(artifact, other, size, output)
+            for size, other in others
+            if (output := _output(other)) is not None
+        ]
+        beside = [p for p in path.parent.iterdir() if p != path]
+        total = sum(p.stat().st_size for p in (path, *beside))
+    names = (norm.path.removeprefix(call.prefix) for norm in artifact.stored.norms)
+    paths = [".".join(without_wrappers(name)) for name in names]
+    return ExportReport(
+        path=target,
+        format=format,
+        opset=artifact.opset,
+        inputs=artifact.inputs,
+        outputs=artifact.outputs,
+        fixed_batch="" if artifact.opened else plan.fixed,
+        remaining=tuple(paths),
+        absorbed=tuple(sorted(used.difference(paths))),
+        runs=tuple(runs),
+        size=total,
+        data=target.parent / beside[0].name if beside else None,
+    )
+
+
+def _output(call: Call) -> object:
+    """Return what the model returns; None where it does not take that many samples."""
+    try:
+        return call.run()
+    except Exception:
+        return None
+
+
+def _compared(artifact: Artifact, call: Call, size: int | None, output: object) -> Run:
+    """Run the file and compare it with the model.
+
+    Raises:
+        ExportError: It computes something else.
+    """
+    expected = _tensors(output)
+    got = artifact.run(call)
+    names = [port.name for port in artifact.outputs]
+    if len(got) != len(expected) or len(names) != len(expected):
+        raise ExportError(
+            f"the file returns {len(got)} tensors and the model {len(expected)}",
+            help="forward=lambda model, example: ... that returns the tensors alone",
+        )
+    found = errors(got, expected, names)
+    model = call.module
+    tolerance = Tolerance.of(
+        [*model.parameters(), *model.buffers(), *_tensors(call.leaves), *expected]
+    )
+    for error in found:
+        if not tolerance.allows(error):
+            raise _wrong(error, tolerance, call, expected, size)
+    return Run(size, found)
+
+
+def _wrong(
+    error: OutputError, tolerance: Tolerance, call: Call, expected: list[Tensor], size: int | None
+) -> ExportError:
+    """Tell a file that is wrong from a model that draws random numbers."""
+    again = errors(_tensors(call.run()), expected, [""] * len(expected))
+    if not all(map(tolerance.allows, again)):
+        return ExportError(
+            "the model in eval mode returns another output each time: nothing can be compared",
+            help="make it deterministic: pass the random numbers in as an input",
+        )
+    return ExportError(
+        f"{error.name} of the file is off by {short(error.max)} of its largest value (rms "
+        f"{short(error.rms)}) from the model in eval mode, at batch size {size}; allowed are "
+        f"{short(tolerance.max)} and {short(tolerance.rms)}",
+        help="nothing was written; where only some batch sizes are wrong, dynamic=False",
+    )
+
+
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

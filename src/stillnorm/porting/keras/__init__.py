@@ -1,0 +1,1 @@
+"""The Keras side: the only files that import it."""

@@ -1,0 +1,202 @@
+"""What porting is in either direction: match, port each layer, compare, or take all of it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from stillnorm.errors import PortError, RefusedError, StateError
+from stillnorm.norms import same_bits
+from stillnorm.porting.part import Refusal
+from stillnorm.porting.report import Agreement, Ported, PortReport
+from stillnorm.porting.torch_layers import parts_of as torch_parts
+from stillnorm.repair.surgery import Surgery, refuse_wrapped
+
+if TYPE_CHECKING:
+    from stillnorm.porting.matching import Matching, Names, Pair
+
+Which = Literal["all", "norms"]
+Count = int | Mapping[str, int] | None
+
+_ORDER = "from_keras(keras_model, torch_model), to_keras(torch_model, keras_model)"
+_OTHERWISE = "the networks differ in what has no weights: padding, an activation, an order"
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One way to port.
+
+    Args:
+        to: The framework of the model that is changed.
+        port: Ports one layer under surgery; yields notes, or raises a Refusal.
+        correct: Gives the variance of one norm, of batches of n values, the other convention.
+    """
+
+    to: Literal["torch", "keras"]
+    port: Callable[[Pair, Surgery], Iterator[str]]
+    correct: Callable[[Pair, int, Surgery], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """On what two models are to be compared; see `from_keras`."""
+
+    example: object
+    torch_example: object
+    tolerance: float
+
+    def run(self, keras_model: Any, model: nn.Module, pairs: Sequence[Pair]) -> Agreement:
+        """Compare the models; both are left as found."""
+        from stillnorm.porting.agreement import agreement
+
+        return agreement(
+            keras_model, model, pairs, self.example, self.torch_example, self.tolerance
+        )
+
+
+def transfer(
+    keras_model: Any,
+    model: nn.Module,
+    direction: Direction,
+    names: Names,
+    which: Which,
+    count: Count,
+    check: Check,
+    strict: bool,
+) -> PortReport:
+    """Port every layer, all or nothing; see `from_keras` for the arguments."""
+    matching, refused = matched(keras_model, model, names, which)
+    refuse_wrapped(model)
+    counts = _counts(count, matching.pairs)
+    done: dict[Pair, Ported] = {}
+    with Surgery() as surgery:
+        for pair in matching.pairs:
+            one, twin = pair
+            part = surgery.part()
+            try:
+                notes = tuple(direction.port(pair, part))
+            except Refusal as reason:
+                part.undo()
+                refused.append((twin.path if direction.to == "torch" else one.name, str(reason)))
+            else:
+                done[pair] = Ported(one.name, twin.path, one.geometry.kind, notes)
+        if strict and refused:
+            raise _refused(refused)
+        _must_hold(done)
+        agreed = None
+        if check.example is not None:
+            agreed = check.run(keras_model, model, matching.pairs)
+            if not agreed:
+                raise _differ(agreed, matching)
+        # Only now: with the value as it was the outputs are the same.
+        for pair in done:
+            if (n := counts.get(pair[1].path)) is not None:
+                direction.correct(pair, n, surgery)
+        return PortReport(
+            direction.to,
+            tuple(done.values()),
+            tuple(refused),
+            matching.by,
+            matching.left,
+            _variance(direction, len(counts)),
+            agreed,
+            direction.to == "keras" and bool(getattr(keras_model, "compiled", False)),
+            surgery,
+        )
+
+
+def matched(
+    keras_model: Any, model: nn.Module, names: Names, which: Which
+) -> tuple[Matching, list[tuple[str, str]]]:
+    """Match the layers of both models; return also what has weights besides, and why it stays.
+
+    Raises:
+        PortError: They cannot be matched.
+    """
+    if which not in ("all", "norms"):
+        raise ValueError(f"which={which!r} is not 'all' or 'norms'")
+    # By name: Keras is imported where it is in use already, and nowhere else.
+    if not any(kind.__module__.startswith("keras.src.") for kind in type(keras_model).__mro__):
+        raise PortError(f"a {type(keras_model).__name__} is no model of Keras 3", help=_ORDER)
+    from stillnorm.porting.keras import parts as keras_parts
+    from stillnorm.porting.matching import match
+
+    if not isinstance(model, nn.Module) or keras_parts.is_keras_model(model):
+        raise PortError(f"a {type(model).__name__} is no model of torch's own", help=_ORDER)
+    if not keras_parts.is_built(keras_model):
+        raise PortError(
+            f"{keras_model.name} is not built: it has no weights yet",
+            help="call it once on an example, or give it an Input",
+        )
+    theirs, their_others = keras_parts.parts_of(keras_model)
+    ours, our_others = torch_parts(model)
+    if which == "norms":
+        theirs = [part for part in theirs if part.geometry.kind == "batch norm"]
+        ours = [part for part in ours if part.norm is not None]
+    matching = match(theirs, ours, names)
+    some = which == "norms" or isinstance(names, Mapping)
+    return matching, [] if some else their_others + our_others
+
+
+def _counts(count: Count, pairs: Sequence[Pair]) -> dict[str, int]:
+    """Return n by torch path."""
+    paths = [twin.path for _, twin in pairs if twin.norm is not None]
+    counts = dict(count) if isinstance(count, Mapping) else {}
+    if isinstance(count, int):
+        counts = dict.fromkeys(paths, count)
+    for path, n in counts.items():
+        if path not in paths:
+            raise PortError(f"count=: {path!r} is no batch norm", help=f"it has {', '.join(paths)}")
+        if n < 2:
+            raise PortError(
+                f"count={n}: of less than 2 values there is no unbiased variance",
+                help="batch size times height times width",
+            )
+    return counts
+
+
+def _must_hold(pairs: Mapping[Pair, Ported]) -> None:
+    """Raise where a tensor that several layers have did not keep the value of one of them."""
+    users: dict[int, list[tuple[str, Pair]]] = {}
+    for pair in pairs:
+        for name, tensor in pair[1].tensors().items():
+            users.setdefault(id(tensor), []).append((name, pair))
+    for tied in (users for users in users.values() if len(users) > 1):
+        for name, (one, twin) in tied:
+            tensor, value = twin.tensors()[name].detach().cpu(), one.read(name)
+            if value is not None and not same_bits(tensor, value.to(tensor.dtype)):
+                paths = " and ".join(twin.path for _, (_, twin) in tied)
+                raise StateError(
+                    f"{paths} share their {name} in torch, and not in Keras",
+                    help="untie them in torch, or tie the layers in Keras",
+                )
+
+
+def _refused(refused: list[tuple[str, str]]) -> RefusedError:
+    name, reason = refused[0]
+    more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+    return RefusedError(
+        f"{name or '(root)'} cannot be ported: {reason}{more}",
+        help="nothing was changed; strict=False ports the others",
+    )
+
+
+def _differ(agreed: Agreement, matching: Matching) -> PortError:
+    order = "layers matched by order may have changed places: give names=; or else "
+    return PortError(
+        f"the models differ, and nothing was changed: {agreed.told()}",
+        help=order * (matching.by == "order") + _OTHERWISE,
+    )
+
+
+def _variance(direction: Direction, counts: int) -> str:
+    if not counts:
+        return (
+            "variance: kept as it is, so that eval outputs stay the same; Keras keeps the biased "
+            "one, torch n / (n - 1) times it: count= converts"
+        )
+    factor = "n / (n - 1)" if direction.to == "torch" else "(n - 1) / n"
+    return f"variance: times {factor}, of {counts} norms whose count was given"

@@ -1,0 +1,211 @@
+"""Which layer is which; and what is refused, with the reason, before anything changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import pytest
+import torch
+from keras import layers
+from torch import nn
+
+import stillnorm as sn
+from porting.twins import NestedTwin, dense_net, dense_twin, filled, nested_net
+from stillnorm.errors import PortError, RefusedError, StateError
+from support.fingerprint import Fingerprint
+
+
+def two_dense() -> Any:
+    return filled(
+        keras.Sequential([keras.Input((4,)), layers.Dense(4, name="a"), layers.Dense(4, name="b")])
+    )
+
+
+class TwoLinear(nn.Module):
+    """Registered in the other order than called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(4, 4)
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def test_by_name() -> None:
+    report = sn.port.from_keras(nested_net(), NestedTwin())
+    assert report.matched == "names"
+    assert {(one.name, one.path) for one in report.ported} == {
+        ("conv", "conv"),
+        ("norm", "norm"),
+        ("block/conv", "block.conv"),
+        ("block/norm", "block.norm"),
+    }
+
+
+def test_by_order_says_that_layers_may_have_changed_places() -> None:
+    report = sn.port.from_keras(two_dense(), TwoLinear())
+    assert report.matched == "order"
+    assert "layers of one shape may have changed places" in str(report)
+
+
+def test_an_order_that_is_wrong_is_found_on_an_example_and_taken_back() -> None:
+    there, here, x = two_dense(), TwoLinear(), torch.randn(8, 4)
+    before = Fingerprint(here, versions=False)
+    with pytest.raises(PortError, match="the models differ, and nothing was changed") as error:
+        sn.port.from_keras(there, here, example=x)
+    assert "changed places: give names=" in error.value.help
+    assert before == Fingerprint(here, versions=False)
+    report = sn.port.from_keras(there, here, names={"a": "first", "b": "second"}, example=x)
+    assert report.agreement
+    assert report.matched == "map"
+
+
+def test_a_function_of_names() -> None:
+    names = {"a": "first", "b": "second"}.__getitem__
+    assert sn.port.compare(two_dense(), TwoLinear(), torch.randn(8, 4), names=names).error > 0
+    assert sn.port.from_keras(two_dense(), TwoLinear(), names=names).matched == "map"
+
+
+def test_a_map_ports_what_it_names() -> None:
+    there, here = two_dense(), TwoLinear()
+    kept = here.second.weight.clone()
+    report = sn.port.from_keras(there, here, names={"a": "first"})
+    assert report.left == ("b", "second")
+    assert "left alone: b, second" in str(report)
+    assert torch.equal(here.second.weight, kept)
+    assert not torch.equal(here.first.weight, kept)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"aa": "first"}, r"'aa' is no layer of the Keras model.*\n.*nearest: a"),
+        ({"a": "frist"}, r"'frist' is no layer of the torch model.*\n.*nearest: first"),
+        ({"a": "first", "b": "first"}, "gives 'first' to several layers"),
+    ],
+)
+def test_a_map_with_a_mistake(names: dict[str, str], message: str) -> None:
+    with pytest.raises(PortError, match=message):
+        sn.port.from_keras(two_dense(), TwoLinear(), names=names)
+
+
+def test_another_number_of_layers() -> None:
+    here = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(PortError, match="has 2 layers that are a dense, the torch model 1"):
+        sn.port.from_keras(two_dense(), here)
+
+
+def test_another_shape() -> None:
+    here = dense_twin()
+    here[4] = nn.Linear(10, 4, bias=False)
+    with pytest.raises(PortError, match=r"dense 10 -> 3, no bias in Keras and 4, .* 10 -> 4"):
+        sn.port.from_keras(dense_net(), here)
+
+
+def test_layers_of_other_kinds_are_refused_by_name() -> None:
+    there = filled(
+        keras.Sequential(
+            [
+                keras.Input((6,), dtype="int32"),
+                layers.Embedding(10, 4, name="words"),
+                layers.LayerNormalization(name="norm"),
+                layers.Dense(3, name="head"),
+            ]
+        )
+    )
+    here = nn.Sequential(nn.Embedding(10, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    before = Fingerprint(here, versions=False)
+    with pytest.raises(RefusedError, match=r"words .* Embedding .*\(and 3 more\)") as error:
+        sn.port.from_keras(there, here)
+    assert before == Fingerprint(here, versions=False)
+    assert "strict=False" in error.value.help
+    report = sn.port.from_keras(there, here, strict=False)
+    assert [path for path, _ in report.refused] == ["words", "norm", "0", "1"]
+    assert [one.name for one in report.ported] == ["head"]
+    assert "a LayerNormalization in Keras: its gamma, beta cannot be ported" in str(report)
+
+
+def test_quantised_and_lora_kernels_are_refused() -> None:
+    there = two_dense()
+    there.get_layer("a").enable_lora(2)
+    with pytest.raises(PortError, match="has 1 layers that are a dense"):
+        sn.port.from_keras(there, TwoLinear())
+    with pytest.raises(PortError, match="'a' is no layer of the Keras model"):
+        sn.port.from_keras(there, TwoLinear(), names={"a": "first"})
+
+
+def test_a_parametrized_layer_is_no_twin() -> None:
+    here = TwoLinear()
+    nn.utils.parametrizations.weight_norm(here.first)
+    with pytest.raises(PortError, match="the torch model 1"):
+        sn.port.from_keras(two_dense(), here)
+
+
+def test_tied_weights_that_are_not_tied_in_keras() -> None:
+    here = TwoLinear()
+    here.first.weight = here.second.weight
+    before = Fingerprint(here, versions=False)
+    with pytest.raises(StateError, match="second and first share their weight in torch"):
+        sn.port.from_keras(two_dense(), here)
+    assert before == Fingerprint(here, versions=False)
+    there = two_dense()
+    there.get_layer("b").kernel.assign(there.get_layer("a").kernel)
+    sn.port.from_keras(there, here)
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(PortError, match="a Sequential is no model of Keras 3"):
+        sn.port.from_keras(dense_twin(), dense_twin())
+    with pytest.raises(PortError, match="a Sequential is no model of torch's own"):
+        sn.port.from_keras(dense_net(), dense_net())
+    with pytest.raises(PortError, match="is not built"):
+        sn.port.from_keras(keras.Sequential([layers.Dense(4)]), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="which='some'"):
+        sn.port.from_keras(dense_net(), dense_twin(), which="some")  # type: ignore[arg-type]
+
+
+def test_counts_that_cannot_be() -> None:
+    with pytest.raises(PortError, match="count=1: of less than 2 values"):
+        sn.port.from_keras(dense_net(), dense_twin(), count=1)
+    with pytest.raises(PortError, match="'0' is no batch norm"):
+        sn.port.from_keras(dense_net(), dense_twin(), count={"0": 8})
+
+
+def test_a_subclassed_model() -> None:
+    """Without a graph the layers are those that the model keeps, in the order they were made."""
+
+    class Net(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = [layers.Dense(4), layers.BatchNormalization()]
+            self.head = layers.Dense(2)
+
+        def call(self, x: Any, training: bool | None = None) -> Any:
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    there = Net()
+    x = torch.randn(8, 3)
+    there(keras.ops.convert_to_tensor(x.numpy()))
+    here = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    assert sn.port.from_keras(filled(there), here, example=x).agreement
+
+
+def test_a_layer_in_two_places_is_one_layer() -> None:
+    shared, given = layers.Dense(4, name="shared"), keras.Input((4,))
+    there = filled(keras.Model(given, shared(shared(given))))
+    here = nn.Linear(4, 4)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = here
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.shared(self.shared(x))
+
+    assert sn.port.from_keras(there, Twice(), example=torch.randn(3, 4)).agreement
