@@ -51,7 +51,7 @@ def test_a_layer_frozen_on_one_side(ported: Any) -> None:
 
 
 def test_statistics_by_the_biased_variance_are_seen(ported: Any) -> None:
-    """16 values: torch's step without n / (n - 1) would be off by a sixteenth of what it moves."""
+    """Of 16 values: without n / (n - 1) a sixteenth of what the batch adds is missing."""
 
     class Biased(nn.BatchNorm1d):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_statistics_by_the_biased_variance_are_seen(ported: Any) -> None:
     agreed = sn.port.compare(there, here, x)
     (row,) = agreed.statistics
     assert row.mean < 1e-6
-    assert row.variance > 1e-4
+    assert row.variance == pytest.approx(1 / 16, rel=1e-3)
     assert row.values == 16
 
 
@@ -150,7 +150,8 @@ def test_random_layers_leave_the_step_out() -> None:
 
 def test_one_sample_leaves_the_step_out() -> None:
     report = sn.port.from_keras(dense_net(), dense_twin(), example=torch.randn(1, 6))
-    assert "not compared: in train mode the torch model does not take the example" in str(report)
+    assert report.agreement
+    assert "Expected more than 1 value per channel" in report.agreement.not_compared
 
 
 def test_written(ported: Any) -> None:
@@ -161,5 +162,5 @@ def test_written(ported: Any) -> None:
     assert "kept as it is, so that eval outputs stay the same" in text
     told = json.loads(report.to_json())
     assert told["agreement"]["statistics"][0]["values"] == 16
-    assert json.loads(report.agreement.to_json())["tolerance"] == 1e-4
+    assert json.loads(report.agreement.to_json())["tolerance"] == 1e-3
     assert str(report.agreement).startswith("the models agree")

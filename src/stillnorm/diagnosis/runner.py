@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,7 @@ from stillnorm.diagnosis.finding import SEVERITIES, Finding
 from stillnorm.diagnosis.fixing.trials import tried
 from stillnorm.diagnosis.gap import explain_gap
 from stillnorm.diagnosis.report import Crash, Data, Layer, NotRun, Report
+from stillnorm.diagnosis.rule import Rule
 from stillnorm.diagnosis.verdict import judge
 from stillnorm.errors import CallError
 from stillnorm.tracing import Forward
@@ -77,8 +78,8 @@ def check(
     Raises:
         BatchError: The model cannot be called on a batch; the message has the line to write. Or
             batches were given with a file.
-        CallError: `score`, `predict` or `train_step` cannot be called, or raised; or the score is no
-            number.
+        CallError: `score`, `predict` or `train_step` cannot be called, or raised; or the score is
+            no number.
         FileFormatError: The file cannot be read.
         CalibrationError: There is no such group.
         RuleError: `select` or `ignore` names no rule.
@@ -114,52 +115,65 @@ def check(
     )
     runs = None if batches is None else run_flows(request, max_batches)
     evidence = Evidence(request, runs)
-    findings: list[Finding] = []
-    not_run: list[NotRun] = []
-    crashed: list[Crash] = []
-    ran: list[str] = []
-    for rule in causes_first(chosen):
-        if lacking := request.lacks(rule.needs):
-            not_run.append(NotRun(rule.code, lacking))
-            continue
-        try:
-            found = list(rule().find(evidence))
-        except CannotTell as reason:
-            not_run.append(NotRun(rule.code, str(reason)))
-        except CallError:  # what the user gave does not work: that is for the user to see
-            raise
-        except Exception as error:  # one broken rule must not take the others' findings with it
-            crashed.append(Crash(rule.code, f"{type(error).__name__}: {error}"))
-        else:
-            ran.append(rule.code)
-            for finding in found:
-                paths = evidence.from_here(finding.paths) if rule.spreads else finding.paths
-                evidence.causes.add(finding.code, rule().symptoms(finding), paths)
-            findings += found
-    findings = [
-        replace(
-            finding,
-            fix=finding.fix if file is None else None,
-            explains=evidence.causes.told_by(finding.code),
-            sites=evidence.sites(finding.where, finding.paths),
-        )
-        for finding in findings
-    ]
-    findings = tried(findings, evidence)
+    outcome = _run(chosen, evidence)
+    findings = tried([_told(finding, evidence) for finding in outcome.findings], evidence)
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.code))
-    not_run.sort(key=lambda missed: missed.code)
     return Report(
         model=type(model).__name__ if file is None else file.name,
         layers=tuple(Layer(x.path, x.kind, x.num_features) for x in evidence.layers),
         findings=tuple(findings),
-        not_run=tuple(not_run),
-        crashed=tuple(crashed),
+        not_run=tuple(sorted(outcome.not_run, key=lambda missed: missed.code)),
+        crashed=tuple(outcome.crashed),
         head=None if runs is None else runs.head,
-        gap=explain_gap(evidence, findings, ran),
+        gap=explain_gap(evidence, findings, outcome.ran),
         verdict=judge(evidence, findings),
         data=None if runs is None else Data.describe(runs),
         seconds=time.perf_counter() - started,
-        ran=tuple(sorted(ran)),
+        ran=tuple(sorted(outcome.ran)),
         file="" if file is None else file.title,
         _evidence=evidence,
+    )
+
+
+@dataclass
+class _Outcome:
+    """What became of each rule."""
+
+    findings: list[Finding] = field(default_factory=list)
+    not_run: list[NotRun] = field(default_factory=list)
+    crashed: list[Crash] = field(default_factory=list)
+    ran: list[str] = field(default_factory=list)
+
+
+def _run(rules: Iterable[type[Rule]], evidence: Evidence) -> _Outcome:
+    """Run the rules, causes first."""
+    outcome = _Outcome()
+    for rule in causes_first(rules):
+        if lacking := evidence.request.lacks(rule.needs):
+            outcome.not_run.append(NotRun(rule.code, lacking))
+            continue
+        try:
+            found = list(rule().find(evidence))
+        except CannotTell as reason:
+            outcome.not_run.append(NotRun(rule.code, str(reason)))
+        except CallError:  # what the user gave does not work: that is for the user to see
+            raise
+        except Exception as error:  # one broken rule must not take the others' findings with it
+            outcome.crashed.append(Crash(rule.code, f"{type(error).__name__}: {error}"))
+        else:
+            outcome.ran.append(rule.code)
+            outcome.findings += found
+            for finding in found:
+                paths = evidence.from_here(finding.paths) if rule.spreads else finding.paths
+                evidence.causes.add(finding.code, rule.explains, paths)
+    return outcome
+
+
+def _told(finding: Finding, evidence: Evidence) -> Finding:
+    """Return the finding with what only all rules together tell; of a file nothing is fixed."""
+    return replace(
+        finding,
+        fix=finding.fix if evidence.request.file is None else None,
+        explains=evidence.causes.told_by(finding.code),
+        sites=evidence.sites(finding.where, finding.paths),
     )

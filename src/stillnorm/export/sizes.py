@@ -28,8 +28,11 @@ def opened(program: ExportedProgram, call: Call) -> dict[int, torch.SymInt]:
     found: dict[int, torch.SymInt] = {}
     for number, name in enumerate(names if len(names) == len(call.leaves) else ()):
         value = values.get(name) if isinstance(name, str) else None
-        if isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt):
-            found[number] = value.shape[0]
+        if not isinstance(value, Tensor) or not value.dim():
+            continue
+        size = value.shape[0]
+        if isinstance(size, torch.SymInt) and not str(size).isdigit():
+            found[number] = size
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from stillnorm.errors import PortError
+from stillnorm.norms import write
 from stillnorm.porting.algebra import complement
 from stillnorm.porting.keras.parts import KerasPart, as_torch
 from stillnorm.porting.keras.running import left_as_found, random_layer, run
@@ -52,6 +53,8 @@ def agreement(
         reason = _random(keras_model, model)
         norms = [pair for pair in pairs if pair[1].norm is not None]
         if reason is None and norms:
+            for pair in norms:
+                _start_from_zero(*pair)
             before = [(_moments(one.read), _moments(twin.tensors().get)) for one, twin in norms]
             with _counted(norms) as counts:
                 reason = _step(keras_model, model, example, given())
@@ -117,6 +120,16 @@ def _step(keras_model: Any, model: nn.Module, example: object, given: object) ->
         return f"in train mode the torch model does not take the example: {error}"
     run(keras_model, example, training=True)
     return None
+
+
+def _start_from_zero(one: KerasPart, twin: TorchPart) -> None:
+    """Let the statistics of a pair that learns be what one batch adds, and nothing besides."""
+    norm = twin.norm
+    if norm is not None and one.layer.trainable and norm.updates_statistics(training=True):
+        for name in _STATISTICS:
+            zeros = torch.zeros(one.geometry.weight)
+            one.write(name, zeros)
+            write(twin.tensors()[name], zeros)
 
 
 @contextmanager

@@ -15,7 +15,9 @@ from stillnorm.repair.surgery import Surgery
 if TYPE_CHECKING:
     from stillnorm.porting.matching import Names, Pair
 
-TOLERANCE = 1e-4
+# A ResNet50 with random weights, in float32: torch differs by 2e-4 from itself in float64, as does
+# Keras. A wrong eps or a layer in another's place is a hundred times as far off.
+TOLERANCE = 1e-3
 
 
 def from_keras(
@@ -171,12 +173,12 @@ def compare(
     r"""Compare what a Keras and a torch model compute, and learn in a step, from the same input.
 
     In eval mode their outputs are compared. Then each is run once in train mode, dropout switched
-    off, and the statistics of its norms are compared: the means as they are, and of the variances
-    what Keras moved by, a biased variance of n values, times n / (n - 1), which torch moves by.
-    With v and t the running variances of Keras and torch, a prime for afterwards, and m torch's
-    momentum:
+    off and the running statistics at zero, so that they are what the one batch adds: the means as
+    they are, and of the variances what Keras adds, of a biased variance of n values, times
+    n / (n - 1), which is what torch adds. With v and t the running variances of Keras and torch
+    after it:
 
-    .. math:: t' = (1 - m) t + \frac{n}{n - 1} \left( v' - (1 - m) v \right)
+    .. math:: t = \frac{n}{n - 1} v
 
     Args:
         keras_model: The Keras model.

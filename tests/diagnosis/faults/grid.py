@@ -156,6 +156,7 @@ class Fault:
         severity: What the finding has to be.
         on: The architectures.
         among: Whether other layers, which feel the same, are named too.
+        some: Whether layers are left out to which the fault makes no difference.
         beside: Other warnings that are true of the faulty model too, by code, and why.
         fix: Whether `Report.fix` makes it go away.
     """
@@ -165,6 +166,7 @@ class Fault:
     severity: str
     on: tuple[str, ...] = ALL
     among: bool = False
+    some: bool = False
     beside: Mapping[str, str] = field(default_factory=dict)
     fix: bool = False
 
@@ -206,6 +208,9 @@ def assert_found(fault: Fault, name: str, *where: Path) -> None:
     (finding,) = own
     if fault.among:
         assert set(case.paths) <= set(finding.paths)
+    elif fault.some:
+        assert finding.paths
+        assert set(finding.paths) <= set(case.paths)
     else:
         assert finding.paths == case.paths
     assert finding.severity == fault.severity

@@ -186,12 +186,6 @@ def a_deviation_for_a_variance(it: Subject) -> Case:
     return it.case(layer.path)
 
 
-def deviations_in_all_layers(it: Subject) -> Case:
-    for layer in it.layers:
-        layer.module.running_var.sqrt_()
-    return it.case(*it.in_order)
-
-
 def inverse_deviations_in_all_layers(it: Subject) -> Case:
     for layer in it.layers:
         layer.module.running_var.add_(layer.eps).rsqrt_()
@@ -212,7 +206,7 @@ def few_updates_of_all_layers(it: Subject) -> Case:
 def an_inverse_for_a_variance(it: Subject) -> Case:
     layer = unlike_in_variance(it)
     layer.module.running_var.add_(layer.eps).reciprocal_()
-    return it.case(layer.path)
+    return it.case(layer.path, batches=it.batches(64))
 
 
 def all_variances_times_ten(it: Subject) -> Case:

@@ -29,6 +29,7 @@ FAULTS = (
     Fault("SN109", do.cumulative_momentum, "info"),
     Fault("SN110", do.a_deviation_for_a_variance, "error", fix=True),
     Fault("SN110", do.an_inverse_for_a_variance, "error", fix=True),
+    Fault("SN110", do.inverse_deviations_in_all_layers, "error", some=True, fix=True),
     Fault("SN110", do.all_variances_times_ten, "error", fix=True),
     Fault("SN111", do.no_eps, "warning"),
     Fault("SN111", do.large_eps, "info"),
@@ -36,6 +37,7 @@ FAULTS = (
     Fault("SN112", do.empty_memory, "error", fix=True),
     Fault("SN113", do.made_under_inference_mode, "error", fix=True),
     Fault("SN115", do.few_updates, "error", fix=True),
+    Fault("SN115", do.few_updates_of_all_layers, "error", some=True, fix=True),
     Fault("SN401", do.half_precision_statistics, "warning", fix=True),
     Fault("SN401", do.in_bfloat16, "warning", fix=True),
 )

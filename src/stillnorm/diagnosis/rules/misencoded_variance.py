@@ -21,7 +21,7 @@ SAME = math.log(1.25)  # two layers' factors are one: each is known to about a t
 
 Readings = dict[NormLayer, Reading]
 
-_WORDS: dict[Encoding, str] = {
+_WORDS: dict[Held, str] = {
     "deviation": "a standard deviation",
     "inverse deviation": "an inverse standard deviation",
     "inverse": "an inverse variance",
@@ -155,7 +155,7 @@ def _read(evidence: Evidence, layer: NormLayer) -> list[Reading]:
     return read_encodings(mean, var, seen, layer.eps)
 
 
-def _all_of(encoding: Encoding, readings: Mapping[NormLayer, Sequence[Reading]]) -> Readings:
+def _all_of(encoding: Encoding | Held, readings: Mapping[NormLayer, Sequence[Reading]]) -> Readings:
     """Return the layers that hold it: told by the slope or, once one is, by the fit alone."""
     own = {layer: found[0] for layer, found in readings.items() if found[0].told}
     if not any(reading.encoding == encoding for reading in own.values()):
@@ -188,10 +188,7 @@ def _with(
     held: Held | float,
     of_mean: float = 1.0,
 ) -> list[NormLayer]:
-    """Return the layers told, and in their order those of which what they hold is all that is wrong.
-
-    These are too narrow or too noisy to show it by themselves.
-    """
+    """Return the layers told, and those too narrow or too noisy to tell that it explains whole."""
 
     def is_all(layer: NormLayer) -> bool:
         mean, var = evidence.statistics[layer.path]

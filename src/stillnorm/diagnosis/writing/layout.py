@@ -24,6 +24,7 @@ def lay_out(report: Report, verbose: bool, wording: Wording = PYTHON) -> Documen
     blocks: list[Block] = []
     if report.head is not None:
         blocks += [Line(""), _head(report.head)]
+    blocks += _gap(report)
     shown = [f for f in report.findings if verbose or f.severity != "info"]
     opened = shown if verbose else shown[:OPEN]
     blocks += [_diagnostic(report, finding) for finding in opened]
@@ -35,6 +36,7 @@ def lay_out(report: Report, verbose: bool, wording: Wording = PYTHON) -> Documen
 def overview(report: Report) -> Document:
     """Return the report with what was found in a table first, then all of it."""
     blocks: list[Block] = [] if report.head is None else [_head(report.head)]
+    blocks += _gap(report)
     blocks += [Line(""), *summary(report, verbose=True, wording=COMMAND_LINE), Line("")]
     if report.findings:
         rows = tuple(
@@ -62,6 +64,13 @@ def _title(report: Report) -> str:
         batches = f"{data.batches}{of} batches" if data.batches > 1 else f"1{of} batch"
         parts += [f"{batches} of {data.batch_size}", data.device]
     return ", ".join([*parts, f"{report.seconds:.1f} s"])
+
+
+def _gap(report: Report) -> list[Block]:
+    """Say which layers and causes make eval and batch statistics disagree."""
+    if report.gap is None:
+        return []
+    return [Line(""), Line(report.gap.sizes(), indent=2), Line(report.gap.verdict(), indent=2)]
 
 
 def _head(head: Head) -> Table:

@@ -1,0 +1,237 @@
+"""Whatever happens, the model and the file that was there are as they were."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stillnorm as sn
+from export.nets import Net, exported, images, net, net_with, settle
+from stillnorm.errors import BatchError, ExportError, FileFormatError
+from stillnorm.export import files, writing
+from support.fingerprint import Fingerprint
+from support.interruptions import Interruption
+
+BOTH = pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+
+
+def mixed() -> nn.Module:
+    """In train mode, with a layer in eval, one that is held, a hook, gradients and a cache."""
+
+    class Caching(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = self.head(x)
+            self.count = getattr(self, "count", 0) + 1
+            return self.seen
+
+    torch.manual_seed(0)
+    model = settle(Caching()).train()
+    model.bn.eval()
+    sn.freeze(model, "late")
+    model.conv.register_forward_hook(lambda module, args, output: 2 * output)
+    model.conv.weight.grad = torch.ones_like(model.conv.weight)
+    model.fc.requires_grad_(False)
+    return model
+
+
+def state_of_torch() -> tuple[Any, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.compiler.is_compiling(),
+        torch.onnx.is_in_onnx_export(),
+        torch.jit.isinstance,
+        logging.root.manager.disable,
+        list(warnings.filters),
+        sys.stdout,
+        sys.stderr,
+    )
+
+
+class Watch:
+    """What there is to see before and after."""
+
+    def __init__(self, model: nn.Module, folder: Path, suffix: str) -> None:
+        self.model, self.path = model, folder / f"net{suffix}"
+        self.path.write_bytes(b"what was there")
+        self.before, self.torch = Fingerprint(model), state_of_torch()
+
+    def is_as_it_was(self) -> None:
+        assert Fingerprint(self.model).differences(self.before) == []
+        assert state_of_torch() == self.torch
+        assert self.path.read_bytes() == b"what was there"
+        assert [path.name for path in self.path.parent.iterdir()] == [self.path.name]
+
+
+@BOTH
+def test_after_success(tmp_path: Path, suffix: str) -> None:
+    model = mixed()
+    model.seen = model(images())  # what the user's forward left
+    before, torch_before = Fingerprint(model), state_of_torch()
+    exported(model, images(), tmp_path, suffix)
+    assert Fingerprint(model).differences(before) == []
+    assert state_of_torch() == torch_before
+
+
+STEPS: list[tuple[str, Any, str]] = [
+    ("the trace", writing, "trace"),
+    ("the rules", writing, "must_be_exportable"),
+    ("torch's own decompositions", torch.export.ExportedProgram, "run_decompositions"),
+    ("torch's own capture", torch.export, "export"),
+    ("the runtime", onnxruntime, "InferenceSession"),
+    ("the comparison", writing, "errors"),
+    ("its place", os, "replace"),
+    ("the disk", files, "_sync"),
+]
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(("name", "where", "function"), STEPS[:-1], ids=[s[0] for s in STEPS[:-1]])
+def test_onnx_interrupted_at_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, where: Any, function: str, kind: Any
+) -> None:
+    watch = Watch(mixed(), tmp_path, ".onnx")
+    # Before the work of the last step: after it the file is in its place.
+    with monkeypatch.context() as patch:
+        before = function in ("replace", "InferenceSession")
+        first = Interruption(patch, where, function, 1, kind, before=before)
+        # What torch raises on its way is an attempt that failed, and the next one succeeds.
+        later = Interruption(patch, where, function, 1, kind, before=before) if False else first
+        if kind is RuntimeError and function in ("export", "run_decompositions", "InferenceSession"):
+            patch.setattr(where, function, _raising)
+        with pytest.raises((kind, ExportError)):
+            sn.export_onnx(watch.model, images(), watch.path)
+        assert later.calls or kind is RuntimeError
+    watch.is_as_it_was()
+
+
+def _raising(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("step")
+
+
+@pytest.mark.parametrize("nth", range(1, 9))
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
+def test_the_forward_raises(tmp_path: Path, nth: int, kind: type[BaseException]) -> None:
+    """In the first look, in a rule, inside torch's capture, or in the comparison."""
+    calls: list[bool] = []
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.half_way = x
+        calls.append(torch.compiler.is_compiling())
+        if len(calls) == nth:
+            raise kind("step")
+        return self.head(x)
+
+    watch = Watch(net_with(forward), tmp_path, ".pt2")
+    try:
+        sn.export.export_program(watch.model, images(), watch.path)
+    except (KeyboardInterrupt, BatchError, ExportError):
+        watch.is_as_it_was()
+    else:  # it was an attempt, and another one succeeded; or there are fewer calls
+        assert kind is ValueError or len(calls) < nth
+        assert Fingerprint(watch.model).differences(watch.before) == []
+    assert state_of_torch() == watch.torch
+
+
+def test_the_forward_raises_inside_the_capture(tmp_path: Path) -> None:
+    """Ctrl-C while torch has put fake tensors into the model, on both ways."""
+    for suffix, write in ((".onnx", sn.export_onnx), (".pt2", sn.export.export_program)):
+
+        def forward(self: Any, x: Tensor) -> Tensor:
+            self.cached = x
+            if torch.compiler.is_compiling():
+                raise KeyboardInterrupt
+            return self.head(x)
+
+        folder = tmp_path / suffix
+        folder.mkdir()
+        watch = Watch(net_with(forward), folder, suffix)
+        with pytest.raises(KeyboardInterrupt):
+            write(watch.model, images(), watch.path)
+        watch.is_as_it_was()
+
+
+# ------------------------------------------------------------------------------- files
+
+
+@BOTH
+def test_where_nothing_can_be_written(tmp_path: Path, suffix: str) -> None:
+    """Said before the work."""
+    write = sn.export_onnx if suffix == ".onnx" else sn.export.export_program
+    model = net_with(lambda self, x: pytest.fail("the model was run"))
+    with pytest.raises(FileFormatError, match="there is no folder"):
+        write(model, images(), tmp_path / "none" / f"net{suffix}")
+    with pytest.raises(FileFormatError, match="does not end in"):
+        write(model, images(), tmp_path / "net.bin")
+    (tmp_path / f"folder{suffix}").mkdir()
+    with pytest.raises(FileFormatError, match="is a folder"):
+        write(model, images(), tmp_path / f"folder{suffix}")
+
+
+def test_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(**kwargs: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", denied)
+    with pytest.raises(FileFormatError, match="cannot be written: Permission denied"):
+        exported(net(), images(), tmp_path, ".pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_is_followed_and_permissions_stay(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "v1.pt2").write_bytes(b"old")
+    (real / "v1.pt2").chmod(0o640)
+    (tmp_path / "net.pt2").symlink_to(real / "v1.pt2")
+    exported(net(), images(), tmp_path, ".pt2")
+    assert (tmp_path / "net.pt2").is_symlink()
+    assert (real / "v1.pt2").stat().st_mode & 0o777 == 0o640
+    assert (real / "v1.pt2").stat().st_size > 1000
+
+
+@pytest.fixture
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch take every model for one of more than 2 GB."""
+    from torch.onnx._internal.exporter import _onnx_program
+
+    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 0)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_large_tensors_lie_beside_the_file(tmp_path: Path) -> None:
+    report = exported(net(), images(), tmp_path, ".onnx")
+    assert report.data == tmp_path / "net.onnx.data"
+    assert report.size == report.path.stat().st_size + report.data.stat().st_size
+    assert "keep net.onnx.data beside it" in str(report)
+    x = images(3)
+    session = onnxruntime.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": x.numpy()})
+    model = net().eval()
+    torch.testing.assert_close(torch.from_numpy(y), model(x).detach())
+
+
+@pytest.mark.usefixtures("small_files")
+def test_two_files_are_replaced_both_or_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "net.onnx").write_bytes(b"old graph")
+    (tmp_path / "net.onnx.data").write_bytes(b"old tensors")
+    with monkeypatch.context() as patch:
+        Interruption(patch, os, "replace", 3, OSError, before=True)
+        with pytest.raises(FileFormatError, match="cannot be written"):
+            exported(net(), images(), tmp_path, ".onnx")
+    assert (tmp_path / "net.onnx").read_bytes() == b"old graph"
+    assert (tmp_path / "net.onnx.data").read_bytes() == b"old tensors"
+    assert len(list(tmp_path.iterdir())) == 2
