@@ -282,3 +282,18 @@ def test_a_real_report_is_json_too() -> None:
     data = json.loads(check(net, batches(), score=lambda out, _: out.mean()).to_json())
     assert [f["code"] for f in data["findings"]] == ["SN105", "SN108", "SN204"]
     assert data["findings"][0]["evidence"]["layers"]["1"]["mean"] > 1
+
+
+def test_a_fingerprint_is_of_the_rule_and_the_layers_alone() -> None:
+    def of(code: str, *paths: str, message: str = "") -> str:
+        return Finding(code, "a-slug", "error", paths, message).fingerprint
+
+    assert of("SN201", "a", "b", message="x 2.1") == of("SN201", "b", "a", message="x 2.3")
+    distinct = {of("SN201", "a"), of("SN201", "b"), of("SN202", "a"), of("SN201", "a", "b")}
+    assert len(distinct) == 4
+    net = estimated(conv_net())
+    net[1].running_mean += 3
+    first, second = (json.loads(check(net, batches(seed=s)).to_json()) for s in (1, 2))
+    told = [[f["fingerprint"] for f in report["findings"]] for report in (first, second)]
+    assert told[0] == told[1]
+    assert first["findings"][0]["evidence"] != second["findings"][0]["evidence"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -80,6 +81,7 @@ class Finding:
         where: Source lines of the calls, ``"net.py:31"``.
         sites: The same lines with their files' paths.
         table: The evidence laid out for reading.
+        fingerprint: The same in every run for the same rule and layers, whatever the numbers are.
     """
 
     code: str
@@ -96,6 +98,12 @@ class Finding:
     where: tuple[str, ...] = ()
     sites: tuple[Site, ...] = ()
     table: Table | None = None
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        told = "\0".join((self.code, *sorted(self.paths)))
+        digest = hashlib.sha256(told.encode(errors="surrogatepass")).hexdigest()
+        object.__setattr__(self, "fingerprint", digest[:16])
 
     def at_least(self, severity: Severity) -> bool:
         """Tell whether the finding is as severe as `severity`, or worse."""

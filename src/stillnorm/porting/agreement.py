@@ -63,7 +63,23 @@ def agreement(
                     _row(one, twin, *was, counts[twin.module])
                     for (one, twin), was in zip(norms, before, strict=True)
                 )
-    return Agreement(error, largest, tolerance, rows, reason or "")
+    settings = tuple((twin.path, what) for one, twin in norms for what in _settings(one, twin))
+    return Agreement(error, largest, tolerance, settings, rows, reason or "")
+
+
+def _settings(one: KerasPart, twin: TorchPart) -> Iterator[str]:
+    """Yield what a norm is set to on one side and not on the other."""
+    norm, layer = twin.norm, one.layer
+    if norm is None:
+        return
+    held = norm.hold is not None or norm.family == "frozen"
+    theirs: dict[str, object] = {"eps": layer.epsilon, "frozen": not layer.trainable}
+    ours: dict[str, object] = {"eps": norm.eps, "frozen": held}
+    if not held:
+        theirs["momentum"], ours["momentum"] = complement(layer.momentum), norm.momentum
+    for name, value in ours.items():
+        if value != theirs[name]:
+            yield f"{name} is {value} in torch, {theirs[name]} in Keras"
 
 
 # ------------------------------------------------------------------------------- outputs

@@ -46,6 +46,7 @@ class Agreement(Written):
         error: The largest difference of their outputs in eval mode.
         largest: The largest output.
         tolerance: How much they may differ, relative to the largest.
+        settings: (path, what differs) of norms with another eps or momentum, or frozen on one side.
         statistics: Per norm, what one forward in train mode made of the statistics.
         not_compared: Why that was not done; empty where it was.
     """
@@ -53,6 +54,7 @@ class Agreement(Written):
     error: float
     largest: float
     tolerance: float
+    settings: tuple[tuple[str, str], ...]
     statistics: tuple[StatisticsError, ...]
     not_compared: str = ""
 
@@ -67,7 +69,7 @@ class Agreement(Written):
         return all(one.largest <= self.tolerance for one in self.statistics)
 
     def __bool__(self) -> bool:
-        return self.same_outputs and self.same_statistics
+        return self.same_outputs and self.same_statistics and not self.settings
 
     def told(self) -> str:
         """Return the numbers as one line."""
@@ -79,15 +81,17 @@ class Agreement(Written):
             f"eval outputs differ by {short(self.error)}, the largest is {short(self.largest)}, "
             f"tolerance {short(self.tolerance)} of it"
         )
+        settings = tuple(f"{paths}: {what}" for paths, what in refusal_rows(self.settings))
         after = "statistics after a training step"
         if self.not_compared:
-            return outputs, f"{after} not compared: {self.not_compared}"
+            return outputs, *settings, f"{after} not compared: {self.not_compared}"
         if not self.statistics:
-            return (outputs,)
+            return outputs, *settings
         worst = max(self.statistics, key=lambda one: one.largest)
         differ = f"differ by {short(worst.largest)} in {worst.path or '(root)'}, the worst of"
         step = "the variance of a step in Keras times n / (n - 1)"
-        return outputs, f"{after} {differ} {count(len(self.statistics), 'norm')}; {step}"
+        norms = count(len(self.statistics), "norm")
+        return outputs, *settings, f"{after} {differ} {norms}; {step}"
 
     def document(self) -> Document:
         """Return it as a document."""

@@ -26,7 +26,12 @@ BasicBlock, BasicStem, Conv3DSimple, VideoResNet = (
 )
 
 MODELS: dict[str, Architecture] = {
-    "torchvision/resnet18": ARCHITECTURES["torchvision/resnet18"],
+    "torchvision/resnet": Architecture(
+        lambda: torchvision.models.ResNet(
+            torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10
+        ),
+        ARCHITECTURES["torchvision/resnet18"].inputs,
+    ),
     "timm/lcnet_050": ARCHITECTURES["timm/lcnet_050"],  # depthwise, norms that hold activations
     "transformers/resnet": ARCHITECTURES["transformers/resnet"],  # called with a keyword
     "here/signal": ARCHITECTURES["here/signal"],  # 1-D

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diagnosis.faults import injections as do
 from diagnosis.faults.grid import Fault, assert_found, grid
+from diagnosis.faults.injections import files as do
 
 FAULTS = (
     Fault("SN601", do.without_statistics, "error"),

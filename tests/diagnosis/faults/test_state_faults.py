@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from diagnosis.faults import injections as do
-from diagnosis.faults.grid import Fault, assert_found, assert_repaired, grid, repairs
+import pytest
+
+from diagnosis.faults.grid import (
+    MODELS,
+    Fault,
+    assert_found,
+    assert_repaired,
+    grid,
+    repairs,
+    subject,
+)
+from diagnosis.faults.injections import state as do
+from diagnosis.nets import found
+from stillnorm import check
 
 FAULTS = (
     Fault("SN001", do.frozen_parameters, "warning", fix=True),
@@ -41,6 +53,16 @@ FAULTS = (
     Fault("SN401", do.half_precision_statistics, "warning", fix=True),
     Fault("SN401", do.in_bfloat16, "warning", fix=True),
 )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_before_it_nothing_is_found(name: str) -> None:
+    it = subject(name)
+    assert found(check(it.model)) == {}
+    report = check(it.model, it.batches(), forward=it.forward)
+    assert found(report) == {}
+    assert report.verdict is not None
+    assert report.verdict.choice == "train"
 
 
 @grid(FAULTS)

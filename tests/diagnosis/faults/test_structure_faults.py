@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from diagnosis.faults import injections as do
 from diagnosis.faults.grid import IMAGES, Fault, assert_found, assert_repaired, grid, repairs
+from diagnosis.faults.injections import structure as do
 
 FAULTS = (
     Fault("SN114", do.unused, "info"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from diagnosis.faults import injections as do
 from diagnosis.faults.grid import ALL, Fault, assert_found, assert_repaired, grid, repairs
+from diagnosis.faults.injections import training as do
 
 # hardsigmoid has no second derivative.
 TWICE = tuple(name for name in ALL if name != "timm/lcnet_050")
