@@ -59,3 +59,27 @@ def test_a_score_that_differs_is_a_gap_too() -> None:
     net[4].running_mean += 3
     report = check(net, data(64), score=lambda output, batch: -float(torch.std(output)))
     assert report.gap is not None
+
+
+def test_what_recalibrating_repairs_is_called_stale_whatever_else_is_wrong() -> None:
+    """The screen's third number says so too."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.norm(x) + self.norm(4 * x + 3)).mean((2, 3)))
+
+    net = estimated(Shared())
+    sound = net.norm.running_mean.clone()
+    net.norm.running_mean += 3
+
+    def score(output: Tensor, batch: object) -> float:
+        return 0.9 if torch.allclose(net.norm.running_mean, sound, atol=1) else 0.2
+
+    report = check(net, batches(), score=score)
+    (stale,) = [cause for cause in report.gap.causes if cause.name == "stale statistics"]
+    assert (stale.supported, stale.why) == (True, "recalibrated 90.0 %")
+    assert "stale statistics (recalibrated 90.0 %), shared layers (SN201)" in report.gap.verdict()

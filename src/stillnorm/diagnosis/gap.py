@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from stillnorm.diagnosis.attribution import Attribution, attribute
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding
+from stillnorm.diagnosis.verdict import in_units
 
 # What each cause is found by. A rule of the first group that finds something supports the cause.
 TELLING = 0.1  # of the gap
-DOMAIN = "another domain"
+STALE, DOMAIN = "stale statistics", "another domain"
 _FOUND_BY = {
-    "stale statistics": ("SN002", "SN004", "SN101", "SN102", "SN105", "SN110", "SN115", "SN602"),
+    STALE: ("SN002", "SN004", "SN101", "SN102", "SN105", "SN110", "SN115", "SN602"),
     "shared layers": ("SN201",),
     "input scale": ("SN106",),
     DOMAIN: ("SN308",),
@@ -29,7 +30,7 @@ class Cause:
     Args:
         name: In words.
         supported: Whether the evidence supports it; None where nothing was run that could tell.
-        why: The rules that found it, or the fact that speaks against it.
+        why: The rules that found it, or the fact that speaks for or against it.
     """
 
     name: str
@@ -100,6 +101,9 @@ def _weigh(name: str, evidence: Evidence, codes: Set[str], ran: Collection[str])
     by = _FOUND_BY[name]
     if found := [code for code in by if code in codes]:
         return Cause(name, True, ", ".join(found))
+    head = evidence.measured.head
+    if name == STALE and head is not None and head.recalibration_pays:
+        return Cause(name, True, f"recalibrated {in_units(head.recalibrated or 0.0, head)}")
     if name == DOMAIN:
         first = evidence.in_order(evidence.layers)[0]
         if not evidence.mismatched(first):

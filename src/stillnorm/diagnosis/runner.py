@@ -165,7 +165,7 @@ def _run(rules: Iterable[type[Rule]], evidence: Evidence) -> _Outcome:
             outcome.findings += found
             for finding in found:
                 paths = evidence.from_here(finding.paths) if rule.spreads else finding.paths
-                evidence.causes.add(finding.code, rule.explains, paths)
+                evidence.causes.add(finding.code, rule().symptoms(finding), paths)
     return outcome
 
 

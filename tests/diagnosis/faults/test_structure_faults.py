@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from diagnosis.faults.grid import IMAGES, Fault, assert_found, assert_repaired, grid, repairs
+from diagnosis.faults.grid import FEW, IMAGES, Fault, assert_found, assert_repaired, grid, repairs
 from diagnosis.faults.injections import structure as do
 
 FAULTS = (
     Fault("SN114", do.unused, "info"),
     Fault("SN201", do.shared, "error", fix=True),
     Fault("SN202", do.aliased_buffers, "warning"),
-    Fault("SN202", do.two_names, "info"),
+    Fault("SN202", do.two_names, "info", on=FEW),
     Fault("SN203", do.norm_at_the_end, "warning"),
     Fault("SN204", do.bias_before_the_norm, "info", fix=True),
     Fault("SN205", do.dropout_before_the_convolution, "warning"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diagnosis.faults.grid import ALL, Fault, assert_found, assert_repaired, grid, repairs
+from diagnosis.faults.grid import ALL, FEW, Fault, assert_found, assert_repaired, grid, repairs
 from diagnosis.faults.injections import training as do
 
 # hardsigmoid has no second derivative.
@@ -12,9 +12,9 @@ FAULTS = (
     Fault("SN001", do.frozen_backbone, "error", fix=True),
     Fault("SN005", do.left_in_eval, "warning"),
     Fault("SN301", do.checkpointing, "warning"),
-    Fault("SN301", do.checkpointing_reentrant, "warning"),
+    Fault("SN301", do.checkpointing_reentrant, "warning", on=FEW),
     Fault("SN302", do.sharpness_aware, "warning"),
-    Fault("SN302", do.attacked, "warning"),
+    Fault("SN302", do.attacked, "warning", on=FEW),
     Fault("SN303", do.stale_gradient, "error", fix=True),
     Fault("SN304", do.replaced_after_the_optimizer, "warning"),
     Fault("SN305", do.decayed, "info"),

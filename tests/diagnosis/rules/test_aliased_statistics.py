@@ -26,6 +26,12 @@ def test_an_assigned_buffer_is_found(name: str) -> None:
     assert aliased(net) == [("warning", ("1", "4"))]
 
 
+def test_two_layers_that_share_both_buffers_are_two_layers() -> None:
+    net = conv_net()
+    net[4].running_mean, net[4].running_var = net[1].running_mean, net[1].running_var
+    assert aliased(net) == [("warning", ("1", "4"))]
+
+
 def test_what_it_says_is_true() -> None:
     net = conv_net()
     net[4].running_mean = net[1].running_mean

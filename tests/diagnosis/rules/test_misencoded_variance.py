@@ -97,6 +97,21 @@ def test_two_encodings_are_two_findings() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_a_layer_too_narrow_to_tell_is_named_with_those_that_tell(name: str) -> None:
+    torch.manual_seed(0)
+    middle = nn.Linear(16, 4, bias=False)
+    net = nn.Sequential(nn.BatchNorm1d(16), middle, nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with torch.no_grad():
+        middle.weight.mul_(torch.tensor([0.1, 0.2, 4.0, 8.0]).unsqueeze(1))
+    estimated(net, wide(256, 1))
+    alone = list(wide(128, 5).split(32))
+    encode(net[2], ENCODINGS[name])
+    assert set(found(check(net, alone))) == {"SN105"}
+    encode(net[0], ENCODINGS[name])
+    assert only(net, alone).paths == ("0", "2")
+
+
 class TestOneFactor:
     @pytest.mark.parametrize("factor", [999.98, 0.01])
     def test_on_the_variances(self, factor: float) -> None:

@@ -39,6 +39,19 @@ def test_what_follows_is_not_reported() -> None:
     assert found(report) == {"SN402": ("1",)}
 
 
+def test_statistics_that_what_follows_contradicts_are_not_reported() -> None:
+    net = estimated(conv_net())
+    with torch.no_grad():
+        net[0].weight.mul_(1e38)
+    assert found(check(net, batches(), select=("SN105", "SN402"))) == {"SN402": ("1",)}
+
+
+def test_near_the_range_explains_no_mismatch() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3)).half()
+    report = check(net, [(100 * data(64) + 40_000).half()], select=("SN105", "SN402"))
+    assert set(found(report)) == {"SN105", "SN402"}
+
+
 def test_half_of_the_range_is_a_warning_with_numbers() -> None:
     net = nn.Sequential(nn.BatchNorm2d(3)).half()
     x = data(64).half()

@@ -51,6 +51,9 @@ def apply_all(fixes: Iterable[Fix], evidence: Evidence) -> Callable[[], None]:
     }
     if missing:
         raise StateError(f"the model has no norm layer {min(missing)!r} any more")
+    foreign = [layer.path for layer in find_norms(work.model) if layer.family == "keras"]
+    if named := [path for fix in fixes for path in fix.paths if path in foreign]:
+        raise StateError(f"{named[0]} {FOREIGN}")
     gradients = [(parameter, parameter.grad) for parameter in work.model.parameters()]
     try:
         for action, apply in _ACTIONS.items():
