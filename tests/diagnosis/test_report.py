@@ -61,7 +61,7 @@ def report(*findings: Finding, **more: object) -> Report:
         "findings": findings,
         "not_run": (),
         "crashed": (),
-        "head": Head(0.214, 0.984, 0.264),
+        "head": Head(0.214, 0.984, 0.264, 512),
         "verdict": Verdict("repair", "repair SN201 before anything else", 64),
         "data": Data(8, 24, 64, 512, "cpu"),
         "gap": None,
@@ -172,15 +172,15 @@ def test_a_fix_that_needs_data_says_what_it_measured() -> None:
     ],
 )
 def test_what_the_third_number_means(recalibrated: float, said: str) -> None:
-    assert said in str(report(head=Head(0.214, 0.984, recalibrated)))
+    assert said in str(report(head=Head(0.214, 0.984, recalibrated, 512)))
 
 
 def test_where_there_is_no_gap_nothing_is_a_cause() -> None:
-    assert "cause" not in str(report(head=Head(0.97, 0.98, 0.975)))
+    assert "cause" not in str(report(head=Head(0.97, 0.98, 0.975, 512)))
 
 
 def test_scores_that_are_no_fractions_are_shown_as_they_are() -> None:
-    shown = str(report(head=Head(-3.1, -0.5, None)))
+    shown = str(report(head=Head(-3.1, -0.5, None, 512)))
     assert "-3.10" in shown
     assert "%" not in shown
 
@@ -199,7 +199,7 @@ def test_json_has_every_number_and_no_layout() -> None:
     assert [f["code"] for f in data["findings"]] == ["SN201", "SN105", "SN003", "SN114"]
     assert data["findings"][0]["evidence"] == {"calls": {"bn_6": 2}}
     assert data["findings"][1]["fix"]["paths"] == ["bn_6", "bn_2"]
-    assert data["head"] == {"eval": 0.214, "batch": 0.984, "recalibrated": 0.264}
+    assert data["head"] == {"eval": 0.214, "batch": 0.984, "recalibrated": 0.264, "samples": 512}
     assert data["verdict"]["choice"] == "repair"
     assert all("table" not in f for f in data["findings"])
     assert data["schema_version"] == 1
@@ -261,7 +261,7 @@ def test_json_is_as_its_schema_says() -> None:
         check(net, batches(), score=lambda out, _: out.mean()),
         check(nn.Sequential(nn.BatchNorm1d(3, momentum=0))),
         check(nn.Sequential()),
-        report(SHARED, STALE, LOOSE, REMARK, head=Head(float("nan"), 0.5, None)),
+        report(SHARED, STALE, LOOSE, REMARK, head=Head(float("nan"), 0.5, None, 512)),
         report(fixed=(Fixed("SN003", LOOSE.fix),), crashed=(Crash("SN105", "ValueError: no"),)),
     )
     for shown in real:

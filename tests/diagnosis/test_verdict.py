@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from diagnosis.nets import batches, conv_net, data, estimated
 from stillnorm import check, freeze
 from stillnorm.diagnosis import Verdict
+from stillnorm.diagnosis.evidence.runs import Head
 
 
 def bright(n: int, seed: int = 1) -> Tensor:
@@ -36,7 +37,7 @@ def test_large_batches_beside_good_statistics_train_on() -> None:
     got = verdict(estimated(conv_net()), data(64), 32)
     assert got.choice == "train"
     assert got.batch < 0.2
-    assert got.sentence.endswith("train; freezing would gain nothing")
+    assert got.sentence.endswith("they will do: train")
 
 
 def test_statistics_that_are_off_recalibrate_and_it_says_what_that_leaves() -> None:
@@ -56,7 +57,7 @@ def test_stale_statistics_count_though_another_finding_explains_them() -> None:
     assert verdict(net, data(64), 16).choice == "recalibrate"
 
 
-def scored(eval: float, batch: float, recalibrated: float, n: int = 16) -> Verdict:
+def scored(eval: float, batch: float, recalibrated: float, n: int = 512) -> Verdict:
     """The verdict on a healthy network whose user measures these scores, in order of the passes."""
     passes = iter((eval, batch, recalibrated))
     return check(estimated(conv_net()), [data(n)], score=lambda out, _: next(passes)).verdict
@@ -69,12 +70,12 @@ def test_the_users_score_outweighs_sigmas() -> None:
     )
     assert scored(0.95, 0.55, 0.95).choice == "freeze"
     assert scored(0.95, 0.55, 0.95).sentence == (
-        "at 16 samples batch statistics score 55.0 %, your running statistics 95.0 %: freeze"
+        "at 512 samples batch statistics score 55.0 %, your running statistics 95.0 %: freeze"
     )
 
 
 def test_scores_that_differ_by_less_than_what_matters_decide_nothing() -> None:
-    assert scored(0.93, 0.95, 0.96).choice == "train"
+    assert scored(0.93, 0.95, 0.96, 128).choice == "train"
     assert scored(-3.1, -3.0, -3.0).choice == "train"
     assert scored(-3.1, -2.0, -2.0).choice == "recalibrate"
 
@@ -120,7 +121,7 @@ def test_after_recalibrating_small_batches_freeze_and_large_ones_train_on() -> N
     net[1].running_mean += 3
     assert [verdict(net, bright(64), size).then for size in (2, 32)] == ["freeze", "train"]
     assert scored(0.84, 0.83, 0.96).then == "freeze"  # the score outweighs sigmas
-    assert scored(0.93, 0.95, 0.96).then is None
+    assert scored(0.93, 0.95, 0.96, 128).then is None
 
 
 def test_a_network_that_was_never_trained_is_to_be_trained() -> None:
@@ -135,3 +136,31 @@ def test_two_values_per_channel_are_no_fault_of_the_layer() -> None:
     g = torch.Generator().manual_seed(0)
     estimated(net, torch.randn(512, 3, generator=g))
     assert verdict(net, torch.randn(64, 3, generator=g), 2).choice == "freeze"
+
+
+def test_an_input_that_is_not_the_one_of_training_is_mended_before_anything_is_recalibrated() -> (
+    None
+):
+    g = torch.Generator().manual_seed(0)
+    images = torch.rand(64, 3, 8, 8, generator=g) * torch.rand(64, 3, 1, 1, generator=g)
+    net = estimated(conv_net(), images)
+    report = check(net, list((255 * images).split(16)), score=lambda out, _: 0.5)
+    assert [f.code for f in report.findings if f.severity == "error"] == ["SN106"]
+    assert report.verdict.sentence.startswith("repair SN106 before anything else")
+    assert report.gap.verdict().startswith("causes: input scale (SN106); ")
+    assert "recalibrate" not in report.verdict.sentence
+
+
+@pytest.mark.parametrize(("samples", "matters"), [(16, False), (512, True)])
+def test_what_a_score_has_to_gain_depends_on_how_many_samples_it_is_of(
+    samples: int, matters: bool
+) -> None:
+    assert Head(0.953, 1.0, 0.996, samples).recalibration_pays is matters
+    assert Head(0.813, 1.0, 1.0, 16).recalibration_pays is False  # 13 of 16, 16 of 16
+    assert Head(0.990, 0.995, 0.996, 10**6).recalibration_pays is False  # less than a point
+
+
+def test_a_mode_that_is_wrong_is_named() -> None:
+    net = estimated(conv_net()).train()
+    net[1].eval()
+    assert verdict(net, data(64), 32).sentence.endswith("they will do: train; mend SN003 first")

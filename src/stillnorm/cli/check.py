@@ -17,7 +17,7 @@ from stillnorm.cli.failures import FINDINGS, INTERNAL
 from stillnorm.cli.fixing import fixed, write_model
 from stillnorm.cli.options import FILES, Loaded, format_of, load, on_model, working
 from stillnorm.cli.weights import few, must_be_tensors, must_have_a_folder
-from stillnorm.cli.written import FORMATS, write_report
+from stillnorm.cli.written import FORMATS, form_of, write_report
 from stillnorm.errors import TargetError
 from stillnorm.reports.numbers import count
 
@@ -153,6 +153,7 @@ def check(
     must_have_a_folder(write_baseline, "--write-baseline")
     for file in outputs:
         must_have_a_folder(file, "--output")
+        form_of(file, format)
 
     known = _known(baseline, write_baseline)
     scorer = _function(score, "output", "batch")
@@ -191,6 +192,7 @@ def check(
     if write_baseline is not None and known is not None:
         known = known.updated(report)
         known.write(write_baseline)
+        click.echo(f"the baseline: {write_baseline}", err=True)
     report = _without(report, known)
     if fix:
         report = fixed(report, lambda: _without(look(), known), unsafe=unsafe_fixes)

@@ -38,7 +38,9 @@ def fixed(report: Report, look: Callable[[], Report], *, unsafe: bool) -> Report
     from stillnorm.diagnosis.report import Fixed
 
     done: list[Fixed] = []
-    for _ in range(_ROUNDS):
+    for again in range(_ROUNDS):
+        if again and not any(finding.at_least("warning") for finding in report.findings):
+            break  # what is uncovered and only advice was not announced
         with working("fixing"), _warnings_told():
             applied = report.fix(unsafe=unsafe)
         if not applied.fixes:

@@ -20,7 +20,16 @@ _ENDINGS = {".html": "html", ".htm": "html", ".json": "json", ".md": "markdown",
 
 
 def form_of(file: Path, format: str) -> str:
-    """Return the form of a file: what its ending says, or else `--format`."""
+    """Return the form of a file: what its ending says; without one, `--format`.
+
+    Raises:
+        click.BadParameter: The ending is none of ours.
+    """
+    if file.suffix and file.suffix.lower() not in _ENDINGS:
+        raise click.BadParameter(
+            f"{file.name}: no report ends in {file.suffix}; one of {', '.join(_ENDINGS)}",
+            param_hint="--output",
+        )
     return _ENDINGS.get(file.suffix.lower(), format)
 
 

@@ -9,14 +9,15 @@ from stillnorm.diagnosis.attribution import Attribution, attribute
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.verdict import in_units
+from stillnorm.tracing import first_tensor
 
 # What each cause is found by. A rule of the first group that finds something supports the cause.
 TELLING = 0.1  # of the gap
-STALE, DOMAIN = "stale statistics", "another domain"
+STALE, DOMAIN, SCALE = "stale statistics", "another domain", "input scale"
 _FOUND_BY = {
     STALE: ("SN002", "SN004", "SN101", "SN102", "SN105", "SN110", "SN115", "SN602"),
     "shared layers": ("SN201",),
-    "input scale": ("SN106",),
+    SCALE: ("SN106",),
     DOMAIN: ("SN308",),
     "small batches": ("SN206", "SN207"),
     "leak between batch mates": ("SN310",),
@@ -102,13 +103,23 @@ def _weigh(name: str, evidence: Evidence, codes: Set[str], ran: Collection[str])
     if found := [code for code in by if code in codes]:
         return Cause(name, True, ", ".join(found))
     head = evidence.measured.head
+    if name == STALE and "SN106" in codes:
+        return Cause(name, None, "")  # the statistics may be right, for another input
     if name == STALE and head is not None and head.recalibration_pays:
         return Cause(name, True, f"recalibrated {in_units(head.recalibrated or 0.0, head)}")
-    if name == DOMAIN:
+    if name in (DOMAIN, SCALE):
         first = evidence.in_order(evidence.layers)[0]
         if not evidence.mismatched(first):
             return Cause(name, False, f"{first.path or 'the layer'} fits its input")
+        if name == SCALE and not _is_images(evidence):
+            return Cause(name, None, "")  # SN106 knows scales of images only
     return Cause(name, False if set(by) & set(ran) else None, "")
+
+
+def _is_images(evidence: Evidence) -> bool:
+    """Tell whether the input is images with three channels, as SN106 wants them."""
+    x = first_tensor(evidence.measured.batches[0])
+    return x.dim() == 4 and x.shape[1] == 3
 
 
 def _percent(share: float) -> str:

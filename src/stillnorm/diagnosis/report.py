@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.evidence.runs import Head, Runs
-from stillnorm.diagnosis.finding import Finding, Fix
+from stillnorm.diagnosis.finding import SEVERITIES, Finding, Fix, listed
 from stillnorm.diagnosis.fixing.fixes import apply_all
 from stillnorm.diagnosis.gap import Gap
 from stillnorm.diagnosis.verdict import Verdict
@@ -16,7 +16,7 @@ from stillnorm.diagnosis.writing.annotations import annotate
 from stillnorm.diagnosis.writing.layout import lay_out, overview
 from stillnorm.diagnosis.writing.page import page_of
 from stillnorm.diagnosis.writing.summary import COMMAND_LINE, PYTHON
-from stillnorm.errors import FindingsError
+from stillnorm.errors import FindingsError, RuleError
 from stillnorm.reports import github, html, markdown, notebook, text
 from stillnorm.reports.document import Document, Severity
 from stillnorm.reports.json import dumps
@@ -123,6 +123,10 @@ class Applied:
         """Take the fixes back. Gradients that a freeze dropped stay dropped."""
         self._undo()
 
+    def __str__(self) -> str:
+        done = [f"{code}: {fix.title}, {listed(fix.paths)}" for code, fix in self.fixes]
+        return "\n".join(done) or "nothing was fixed"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -188,7 +192,12 @@ class Report:
 
         Raises:
             FindingsError: There is.
+            RuleError: There is no such severity.
         """
+        if severity not in SEVERITIES:
+            raise RuleError(
+                f"there is no severity {severity!r}", help=f"one of {', '.join(SEVERITIES)}"
+            )
         found = [finding for finding in self.findings if finding.at_least(severity)]
         if found:
             first = found[0]

@@ -22,7 +22,8 @@ from stillnorm.reports.numbers import count, number
 Choice = Literal["repair", "recalibrate", "freeze", "train", "keep"]
 Then = Literal["freeze", "train"]
 
-STRUCTURAL = ("SN007", "SN107", "SN201")
+STRUCTURAL = ("SN106", "SN007", "SN107", "SN201")  # in the order of mending
+MODES = ("SN001", "SN002", "SN003", "SN005", "SN006")
 STALE = ("SN004", "SN101", "SN102", "SN105")
 NOISY = 0.2  # deviations: below, batch statistics are as good as any
 
@@ -65,17 +66,20 @@ def judge(evidence: Evidence, findings: Sequence[Finding]) -> Verdict | None:
     numbers = _Numbers(
         size=size,
         batch=_rms(evidence.noise(layer) for layer in free),
-        running=_off(evidence, free, "eval"),
+        running=_off(evidence, free, "batch"),
         recalibrated=_off(evidence, free, "recalibrated"),
         head=evidence.runs.head,
     )
     codes = {finding.code for finding in findings if finding.severity != "info"}
     off = any(evidence.mismatched(layer) for layer in free) or bool(codes & set(STALE))
     stale = off and not evidence.is_harmless
-    broken = [f.code for f in findings if f.severity == "error" and f.code in STRUCTURAL]
+    broken = [code for code in STRUCTURAL if code in codes]
+    modes = [code for code in MODES if code in codes]
     if not broken and _is_untrained(evidence, free):
         return Verdict("train", "nothing has been trained yet: train", size, numbers.batch)
     choice, sentence = numbers.choose(broken, stale)
+    if modes and choice != "repair":
+        sentence += f"; mend {modes[0]} first"
     return Verdict(
         choice,
         sentence,
@@ -124,7 +128,7 @@ class _Numbers:
         )
         if self._is_noisy(self.running):
             return "freeze", f"{numbers}: freeze"
-        return "train", f"{numbers}: train; freezing would gain nothing"
+        return "train", f"{numbers}: they will do: train"
 
     @property
     def then(self) -> Then:
@@ -155,7 +159,7 @@ def in_units(value: float, head: Head) -> str:
     """Write a score in the user's unit: a fraction in percent, anything else as it is.
 
     Example:
-        >>> in_units(0.214, Head(0.214, 0.984, None)), in_units(-3.1, Head(-3.1, -0.5, None))
+        >>> in_units(0.214, Head(0.214, 0.984, None, 64)), in_units(-3.1, Head(-3.1, -0.5, None, 64))
         ('21.4 %', '-3.10')
     """
     values = [v for v in (head.eval, head.batch, head.recalibrated) if v is not None]

@@ -147,7 +147,7 @@ def test_what_costs_the_users_score_nothing_is_a_remark() -> None:
     report = check(net, data, score=lambda out, _: 1.0)
     (finding,) = [f for f in report.findings if f.code == "SN105"]
     assert finding.severity == "info"
-    assert "your score does not suffer" in finding.note
+    assert "your score hardly suffers" in finding.note
     report = check(net, data, score=lambda out, x: -float((out - sound[id(x)]).abs().mean()))
     (finding,) = [f for f in report.findings if f.code == "SN105"]
     assert finding.severity == "error"

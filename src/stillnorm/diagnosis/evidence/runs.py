@@ -41,7 +41,8 @@ from stillnorm.tracing import (
 Flow = Literal["eval", "batch", "recalibrated"]
 
 MOST_VALUES = 2**22  # of an output: 32 MiB
-MATTERS = 0.05  # of a score: less is what other samples might have shown
+MATTERS = 0.05  # of a score that is no fraction: less is what other samples might have shown
+LEAST = 0.01  # of a fraction: less is nobody's loss
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,27 @@ class Head:
         eval: With running statistics: what ships.
         batch: With batch statistics: what was trained.
         recalibrated: With statistics re-estimated on the same batches; None where nothing could be.
+        samples: How many samples they are of.
     """
 
     eval: float
     batch: float
     recalibrated: float | None
+    samples: int
 
     def matters(self, difference: float) -> bool:
-        """Tell a gain from what other samples might have shown: five points, or five percent."""
+        r"""Tell a gain from what other samples might have shown.
+
+        Of fractions that is two standard errors of a difference, but at least one point: a mean of
+        n values between 0 and 1 that is p has a variance of at most p (1 - p) / n. Of any other
+        score it is five percent.
+        """
         scores = [s for s in (self.eval, self.batch, self.recalibrated) if s is not None]
-        fractions = all(0 <= score <= 1 for score in scores)
-        return difference > MATTERS * (1 if fractions else max(map(abs, scores)))
+        if not all(0 <= score <= 1 for score in scores):
+            return difference > MATTERS * max(map(abs, scores))
+        low, high = min(scores), max(scores)
+        variance = (low * (1 - low) + high * (1 - high)) / max(self.samples, 1)
+        return difference > max(LEAST, 2 * math.sqrt(variance))
 
     @property
     def is_harmless(self) -> bool:
@@ -159,7 +170,7 @@ def run_flows(request: Request, max_batches: int | None) -> Runs:
             traces["recalibrated"], recalibrated_score = run("eval", "recalibrated")
     head = None
     if eval_score is not None and batch_score is not None:
-        head = Head(eval_score, batch_score, recalibrated_score)
+        head = Head(eval_score, batch_score, recalibrated_score, sum(sizes))
     inside = set(model.modules())
     return Runs(
         batches=taken,

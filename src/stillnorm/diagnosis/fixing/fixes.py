@@ -15,6 +15,7 @@ from stillnorm.diagnosis.finding import Action, Fix
 from stillnorm.errors import StateError
 from stillnorm.freezing import freeze, unfreeze
 from stillnorm.norms import NormLayer, find_norms
+from stillnorm.norms.adapters.keras import FOREIGN
 from stillnorm.norms.hold import Affine
 from stillnorm.norms.tensors import write
 from stillnorm.repair import (

@@ -249,6 +249,8 @@ def _legend(layers: tuple[Inspected, ...]) -> Iterator[Line]:
         "train()/eval(): what normalises in that mode.  "
         "updates: torch momentum, the weight of a new batch."
     )
+    if any(layer.kind == "BatchNormalization" for layer in layers):
+        yield Line("of a layer of Keras: train() is a call with training=True, eval() one without.")
     if layers[0].used is not None:
         yield Line("used: what the forward really used on this batch, in the modes of now.")
     yield _VARIANCE

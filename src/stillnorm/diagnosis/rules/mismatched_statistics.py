@@ -114,7 +114,8 @@ class MismatchedStatistics(Rule):
         if samples < ENOUGH_SAMPLES:
             note = f"{samples} samples; from {ENOUGH_SAMPLES} on this is an error"
         elif evidence.is_harmless:
-            note = "your score does not suffer: neither batch statistics nor recalibrating raise it"
+            note = "your score hardly suffers: batch statistics and recalibrating bring less than "
+            note += "other samples might"
         else:
             note = _cause(evidence, layers)
         whose = "running statistics"

@@ -23,7 +23,7 @@ def lay_out(report: Report, verbose: bool, wording: Wording = PYTHON) -> Documen
     """Return the report as a document."""
     blocks: list[Block] = []
     if report.head is not None:
-        blocks += [Line(""), _head(report.head)]
+        blocks += [Line(""), _head(report, report.head)]
     blocks += _gap(report)
     shown = [f for f in report.findings if verbose or f.severity != "info"]
     opened = shown if verbose else shown[:OPEN]
@@ -35,7 +35,7 @@ def lay_out(report: Report, verbose: bool, wording: Wording = PYTHON) -> Documen
 
 def overview(report: Report) -> Document:
     """Return the report with what was found in a table first, then all of it."""
-    blocks: list[Block] = [] if report.head is None else [_head(report.head)]
+    blocks: list[Block] = [] if report.head is None else [_head(report, report.head)]
     blocks += _gap(report)
     blocks += [Line(""), *summary(report, verbose=True, wording=COMMAND_LINE), Line("")]
     if report.findings:
@@ -73,14 +73,17 @@ def _gap(report: Report) -> list[Block]:
     return [Line(""), Line(report.gap.sizes(), indent=2), Line(report.gap.verdict(), indent=2)]
 
 
-def _head(head: Head) -> Table:
+def _head(report: Report, head: Head) -> Table:
     """Lay out the three scores; the worst one stands out."""
     rows: list[tuple[str, float, str]] = [
         ("eval (running statistics)", head.eval, "what you ship"),
         ("batch statistics", head.batch, "what you trained"),
     ]
     if head.recalibrated is not None:
-        rows.append(("recalibrated", head.recalibrated, _cause(head, head.recalibrated)))
+        aside = _cause(head, head.recalibrated)
+        if aside and any(finding.code == "SN106" for finding in report.findings):
+            aside = "with an input that is not the one of training (SN106)"
+        rows.append(("recalibrated", head.recalibrated, aside))
     worst = min(value for _, value, _ in rows)
     stands_out = worst < max(value for _, value, _ in rows)
     return Table(
