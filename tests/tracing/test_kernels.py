@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stillnorm.tracing import trace
 from stillnorm.tracing.kernels import Kernel, kernel_of
 
 X = torch.randn(5, 3, 4, 2)
@@ -93,3 +94,11 @@ def test_by_input_leaves_the_statistics_where_asked() -> None:
 def test_other_functions_do_not_normalise() -> None:
     assert kernel_of(F.group_norm, (X, 3), {}) is None
     assert kernel_of(torch.relu, (X,), {}) is None
+
+
+def test_an_eps_of_0_is_no_obstacle_to_batch_statistics() -> None:
+    """torch refuses it in train mode; a network in eval has it, and is to be looked at."""
+    net = nn.Sequential(nn.BatchNorm1d(3, eps=0.0))
+    x = torch.randn(16, 3)
+    (call,) = trace(net, x, flow="batch").calls
+    assert call.used == "batch"

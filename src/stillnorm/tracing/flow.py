@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stillnorm.errors import BatchError, StateError, StillnormError
 from stillnorm.norms import NormLayer, find_norms, probe_modes, walk
+from stillnorm.norms.adapters.keras import normalizing_by_batch
 from stillnorm.state import no_updates, preserved
 from stillnorm.tracing.batches import first_line
 from stillnorm.tracing.calling import Forward, call
@@ -133,13 +134,17 @@ def training_by_input(layers: Collection[NormLayer]) -> Iterator[None]:
     """
     modules = [layer.module for layer in layers if not isinstance(layer.module, nn.SyncBatchNorm)]
     before = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = True
-        yield
-    finally:
-        for module, training in zip(modules, before, strict=True):
-            module.training = training
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            if layer.family == "keras":
+                stack.enter_context(normalizing_by_batch(layer.module))
+        try:
+            for module in modules:
+                module.training = True
+            yield
+        finally:
+            for module, training in zip(modules, before, strict=True):
+                module.training = training
 
 
 @contextlib.contextmanager

@@ -148,9 +148,10 @@ class Instrument(TorchFunctionMode):
             self.failed = (sys.exception(), visit.layer)
         elif not visit.normalized:  # a foreign frozen layer, or a formula of the user's own
             kwargs, output = rest
-            used = visit.layer.normalizes_by(module.training)
+            training = module in self._by_batch or visit.layer.called_in_training(kwargs)
+            used = visit.layer.normalizes_by(training)
             with torch._C.DisableTorchFunction():  # what we compute is none of the model's
-                for x in tensors_in((args, kwargs)):
+                for x in map(visit.layer.channels_first, tensors_in((args, kwargs))):
                     self._record(visit, x, used, sample_moments(x), output)
                     return
 

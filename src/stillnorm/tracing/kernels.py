@@ -22,6 +22,7 @@ _BY_BATCH: dict[object, tuple[str, ...]] = {
     torch.batch_norm: (*_ATEN_BATCH, "cudnn_enabled"),
     torch.native_batch_norm: _ATEN_BATCH,
 }
+_UNSEEN = 1e-12
 _BY_SAMPLE: dict[object, tuple[str, ...]] = {
     F.instance_norm: _INSTANCE,
     torch.instance_norm: (*_ATEN_INSTANCE, "cudnn_enabled"),
@@ -65,8 +66,14 @@ class Kernel:
         return self.input.numel() // max(1, c if self.statistics == "batch" else n * c)
 
     def by_input(self, mean: Tensor | None = None, var: Tensor | None = None) -> Kernel:
-        """Return the call normalising by its input; `mean` and `var` receive the statistics."""
-        return self._with(True, mean, var)
+        """Return the call normalising by its input; `mean` and `var` receive the statistics.
+
+        torch allows an eps of 0 with running statistics only: it becomes too small to be seen.
+        """
+        kernel = self._with(True, mean, var)
+        if kernel.arguments.get("eps") == 0:
+            return Kernel(self.function, {**kernel.arguments, "eps": _UNSEEN}, self.statistics)
+        return kernel
 
     def by_running(self, mean: Tensor, var: Tensor) -> Kernel:
         """Return the call normalising by the given statistics."""

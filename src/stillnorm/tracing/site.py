@@ -14,6 +14,7 @@ _NOT_THE_USERS = (
     os.path.dirname(torch.__file__) + os.sep,
     os.path.dirname(os.path.dirname(__file__)) + os.sep,
 )
+_KERAS = os.sep + os.path.join("keras", "src", "")  # which nobody has to import to know it
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Site:
 
 
 def calling_site() -> Site | None:
-    """Return the nearest line on the stack that is neither torch's nor stillnorm's.
+    """Return the nearest line on the stack that is neither torch's, Keras' nor stillnorm's.
 
     It is a line of the model, or of the user's `forward=`; None when torch alone lies between us
     and the norm, as in a model that is a bare `nn.Sequential`.
@@ -43,7 +44,7 @@ def calling_site() -> Site | None:
     frame = sys._getframe(1)
     while frame.f_code is not call.__code__:
         code = frame.f_code
-        if not code.co_filename.startswith(_NOT_THE_USERS):
+        if not code.co_filename.startswith(_NOT_THE_USERS) and _KERAS not in code.co_filename:
             return Site(code.co_filename, frame.f_lineno, code.co_qualname)
         if frame.f_back is None:
             return None

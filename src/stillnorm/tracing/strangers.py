@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-from stillnorm.norms import keep_tensors
+from stillnorm.norms import every_module, keep_tensors
 from stillnorm.tracing.kernels import kernel_of
 from stillnorm.tracing.visits import visits
 
@@ -42,7 +42,7 @@ class _Keep(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, kept: contextlib.ExitStack) -> None:
         super().__init__()
-        self._known = set(model.modules())
+        self._known = set(every_module(model))
         self._kept = kept
         # Those of the model are others' to keep. `keep_tensors` keeps alive what is in it.
         self._done = {id(tensor) for tensor in model.buffers()}

@@ -86,8 +86,15 @@ def _ask(request: Request, batch: object) -> object:
     except Exception as error:
         raise CallError(
             f"predict raised {first_line(error)}",
-            help="nothing was changed; the error above has the line",
+            help=f"nothing was changed; the error above has the line{_pair(batch)}",
         ) from error
+
+
+def _pair(batch: object) -> str:
+    """Say what `predict` is given where that may not be what it takes."""
+    if isinstance(batch, list | tuple) and len(batch) > 1:
+        return "; predict= is given the whole batch: lambda model, batch: predict(model, batch[0])"
+    return ""
 
 
 @contextlib.contextmanager
