@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from stillnorm.diagnosis.evidence import Evidence
 from stillnorm.diagnosis.evidence.runs import Runs, as_vector
+from stillnorm.errors import BatchError
 from stillnorm.norms import NormLayer
 from stillnorm.tracing import Kernel, by_whole_batch, read, running, train_by_input, visits
 
@@ -100,7 +101,7 @@ def attribute(evidence: Evidence, exact: int | None = EXACT) -> Attribution | No
     ]
     if not free or not bool(gap.isfinite().all()) or size < SAME:
         return None
-    shares = _sweep(evidence.model, runs, {layer.module: layer for layer in free}, gap)
+    shares = _ranked(evidence.model, runs, {layer.module: layer for layer in free}, gap)
     ranked = sorted(free, key=lambda layer: abs(shares.get(layer.path, 0.0)), reverse=True)
     alone = {layer: _left_out(evidence, layer, gap) for layer in ranked[:exact]}
     found = [
@@ -124,7 +125,7 @@ def _part(output: Tensor | None, by_batch: Tensor, gap: Tensor) -> float | None:
 
 
 def _left_out(evidence: Evidence, layer: NormLayer, gap: Tensor) -> float | None:
-    """Run the first batch with all but this layer normalising by the batch."""
+    """Run the first batch with all but this layer normalising by the batch; None if it raises."""
     runs = evidence.measured
     others = [x for x in train_by_input(evidence.model, evidence.layers) if x is not layer]
     with running(
@@ -134,14 +135,31 @@ def _left_out(evidence: Evidence, layer: NormLayer, gap: Tensor) -> float | None
         by_batch=others,
         measure=by_whole_batch,
     ) as run:
-        output, _ = run(runs.batches[0])
+        try:
+            output, _ = run(runs.batches[0])
+        except BatchError:  # control flow by value may have come where it cannot go on
+            return None
     return _part(as_vector(output), runs.outputs["batch"], gap)
+
+
+def _ranked(
+    model: nn.Module, runs: Runs, free: Mapping[nn.Module, NormLayer], gap: Tensor
+) -> dict[str, float]:
+    """Sweep; nothing where that is impossible.
+
+    A backward asks more of a model than a forward: that nothing is written in place which it needs,
+    that its own functions have one, that checkpointed parts run as they were recorded.
+    """
+    try:
+        return _sweep(model, runs, free, gap)
+    except Exception:
+        return {}
 
 
 def _sweep(
     model: nn.Module, runs: Runs, free: Mapping[nn.Module, NormLayer], gap: Tensor
 ) -> dict[str, float]:
-    """Return each layer's share to first order; nothing where the model stops gradients."""
+    """Return each layer's share to first order; nothing where no gradient comes through."""
     probes = _Probes(free)
     with (
         running(model, forward=runs.forward, flow="batch", measure=probes) as run,
@@ -149,10 +167,11 @@ def _sweep(
         visits(probes.enter, probes.leave),
     ):
         for parameter in model.parameters():
-            parameter.requires_grad_(False)
+            if parameter.requires_grad and not parameter.is_inference():
+                parameter.requires_grad_(False)
         output, _ = run(runs.batches[0])
         along = as_vector(output)
-        if not along.requires_grad or along.shape != gap.shape:
+        if not (along.requires_grad and probes.roots) or along.shape != gap.shape:
             return {}
         torch.autograd.backward(along @ gap.to(along), inputs=probes.roots)
     size = float(gap @ gap)

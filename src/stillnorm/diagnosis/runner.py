@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -24,7 +25,7 @@ from stillnorm.diagnosis.gap import explain_gap
 from stillnorm.diagnosis.report import Crash, Data, Layer, NotRun, Report
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.diagnosis.verdict import judge
-from stillnorm.errors import CallError
+from stillnorm.errors import CallError, StateError
 from stillnorm.tracing import Forward
 
 
@@ -45,7 +46,9 @@ def check(
 ) -> Report:
     """Find what is wrong with a model's norm layers, prove it on your data, say what repairs it.
 
-    Only looks: afterwards the model is as it was, also after an exception.
+    Only looks: afterwards modes, tensors, hooks, gradients, random states and batches are as they
+    were, also after an exception. What a forward of the model's own writes down elsewhere, a
+    counter or a list, stays written.
 
     Args:
         model: The model. Or a file, for which the rules run that need no more: a checkpoint
@@ -78,9 +81,10 @@ def check(
     Raises:
         BatchError: The model cannot be called on a batch; the message has the line to write. Or
             batches were given with a file.
-        CallError: `score`, `predict` or `train_step` cannot be called, or raised; or the score is
-            no number.
+        CallError: `score`, `predict` or `train_step` cannot be called; `predict` or `train_step`
+            raised; the score is no number. An exception in `score` comes through.
         FileFormatError: The file cannot be read.
+        StateError: The model is a trace of TorchScript.
         CalibrationError: There is no such group.
         RuleError: `select` or `ignore` names no rule.
 
@@ -100,6 +104,11 @@ def check(
     """
     started = time.perf_counter()
     chosen = choose(select, ignore)
+    if isinstance(model, torch.jit.TopLevelTracedModule):
+        raise StateError(
+            "the model is a trace of TorchScript: its layers have no modes and no settings",
+            help="check the Python model, before torch.jit.trace",
+        )
     file, tree = (None, model) if isinstance(model, nn.Module) else opened(model)
     request = Request(
         tree,

@@ -159,8 +159,10 @@ def in_units(value: float, head: Head) -> str:
     """Write a score in the user's unit: a fraction in percent, anything else as it is.
 
     Example:
-        >>> in_units(0.214, Head(0.214, 0.984, None, 64)), in_units(-3.1, Head(-3.1, -0.5, None, 64))
-        ('21.4 %', '-3.10')
+        >>> in_units(0.214, Head(0.214, 0.984, None, 64))
+        '21.4 %'
+        >>> in_units(-3.1, Head(-3.1, -0.5, None, 64))
+        '-3.10'
     """
     values = [v for v in (head.eval, head.batch, head.recalibrated) if v is not None]
     if all(0 <= v <= 1 for v in values):

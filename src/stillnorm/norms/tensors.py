@@ -20,7 +20,8 @@ def keep_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
     saved and may run backward.
 
     Args:
-        tensors: Any tensors; meta and uninitialised ones have no value to keep.
+        tensors: Any tensors. Meta and uninitialised ones have no value to keep; sparse, nested and
+            quantized ones are left to whoever writes them.
 
     Cost:
         One copy of each tensor.
@@ -28,7 +29,7 @@ def keep_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
     kept = [
         (tensor, tensor.data, tensor.detach().clone())
         for tensor in _unique(tensors)
-        if not tensor.is_meta
+        if not tensor.is_meta and _is_dense(tensor)
     ]
     with contextlib.ExitStack() as versions:
         for tensor, _, _ in kept:
@@ -81,6 +82,10 @@ def _unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the tensors that have a value or could have one, each object once."""
     lazy = UninitializedParameter | UninitializedBuffer
     return list({id(t): t for t in tensors if not isinstance(t, lazy)}.values())
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
 def _layout(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

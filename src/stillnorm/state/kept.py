@@ -10,12 +10,13 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from stillnorm.holding import remember
-from stillnorm.norms import hold_of, keep_tensors, overrides_train
+from stillnorm.norms import every_module, hold_of, keep_tensors, overrides_train
 
 
 @contextlib.contextmanager
@@ -26,7 +27,9 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     the flag (LoRA layers merge their weights in eval mode and part them in train mode).
     """
     # A module frozen by TorchScript has no such flag.
-    flags = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
+    flags = [
+        (module, module.training) for module in every_module(model) if hasattr(module, "training")
+    ]
     holds = [(hold, hold.asked) for module, _ in flags if (hold := hold_of(module)) is not None]
     try:
         yield
@@ -59,7 +62,7 @@ def lazies_kept(model: nn.Module) -> Iterator[None]:
     """Keep lazy modules lazy: a forward inside the block does not settle their sizes."""
     modules = [
         (module, module.__class__, dict(module.__dict__))
-        for module in model.modules()
+        for module in every_module(model)
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
     ]
     tensors = [
@@ -87,7 +90,7 @@ _FULL = "_is_full_backward_hook"  # torch refuses to mix the two kinds of backwa
 @contextlib.contextmanager
 def hooks_kept(model: nn.Module) -> Iterator[None]:
     """Keep the hooks of every module: the same dictionaries with the same hooks in order."""
-    attributes = [module.__dict__ for module in model.modules()]
+    attributes = [module.__dict__ for module in every_module(model)]
     dictionaries = [
         (of_module, name, hooks, dict(hooks))
         for of_module in attributes
@@ -145,7 +148,7 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
     For a forward that is stopped halfway: what it has noted in the model would be there still.
     """
-    kept = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    kept = [(module.__dict__, dict(module.__dict__)) for module in every_module(model)]
     contents: list[tuple[Any, Any]] = [
         (value, value.copy())
         for _, before in kept
@@ -179,6 +182,8 @@ def gradients_kept(model: nn.Module) -> Iterator[None]:
         finally:
             for parameter, required, grad in kept:
                 if parameter.requires_grad != required:
-                    parameter.requires_grad_(required)
+                    # What is made under inference_mode can be changed there only.
+                    with torch.inference_mode(parameter.is_inference()):
+                        parameter.requires_grad_(required)
                 if parameter.grad is not grad:
                     parameter.grad = grad

@@ -16,6 +16,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from stillnorm.holding.folding import is_convolutional
 from stillnorm.norms import (
     Layers,
+    NormLayer,
+    every_module,
     keep_tensors,
     keep_types,
     overrides_train,
@@ -100,8 +102,9 @@ def no_updates(model: nn.Module, layers: Layers = None) -> Iterator[nn.Module]:
     switched = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
     # Any other forward (instance norm, a subclass with its own) may write: keep the values.
     silent = (_BatchNorm.forward, SyncBatchNorm.forward)
-    others = [m for m in modules if getattr(type(m), "forward", None) not in silent]
-    with keep_tensors(_statistics(others)), buffers_kept(others):
+    loud = [norm for norm in chosen if not norm.is_lazy and _forward(norm.module) not in silent]
+    others = [norm.module for norm in loud]
+    with keep_tensors(_statistics(loud)), buffers_kept(others):
         try:
             for module in switched:
                 module.track_running_stats = False
@@ -114,10 +117,13 @@ def no_updates(model: nn.Module, layers: Layers = None) -> Iterator[nn.Module]:
                     norm.module.reset_running_stats()  # type: ignore[operator]
 
 
-def _statistics(modules: list[nn.Module]) -> list[Tensor]:
+def _forward(module: nn.Module) -> object:
+    return getattr(type(module), "forward", None)
+
+
+def _statistics(norms: list[NormLayer]) -> list[Tensor]:
     names = ("running_mean", "running_var", "num_batches_tracked")
-    found = (getattr(module, name, None) for module in modules for name in names)
-    return [tensor for tensor in found if isinstance(tensor, Tensor)]
+    return [tensor for norm in norms for k, tensor in norm.tensors().items() if k in names]
 
 
 @contextlib.contextmanager
@@ -153,7 +159,7 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         (True, 0.1)
     """
     norms = select(model)
-    modules, parameters = list(model.modules()), list(model.parameters())
+    modules, parameters = every_module(model), list(model.parameters())
     # The innermost is put back first: modes by the model's own train(), which may compute with
     # parameters and buffers; then which tensors these are; then their values.
     with (

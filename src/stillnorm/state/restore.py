@@ -62,14 +62,17 @@ def _standing(before: Recorded, standing: dict[str, NormLayer]) -> list[NormLaye
 def _why_not(before: Recorded, norm: NormLayer) -> str | None:
     """Return the reason why the layer cannot be what was recorded, or None when it can."""
     now = record(norm)
+    is_keras = norm.family == "keras"
     for change in changes(before, now, norm.path):
+        if isinstance(change, SwitchChange) and is_keras and change.switch != "training":
+            return f"Keras does not let go of {change}"
         if isinstance(change, TensorChange) and not (change.of or change.is_cast):
             return str(change)  # gone, new, or of another shape
         if isinstance(change, SwitchChange) and norm.is_scripted and change.switch in _SETTINGS:
             return f"TorchScript does not let go of {change}"
     owned = {id(t) for t in (*norm.module.parameters(False), *norm.module.buffers(False))}
     for name, tensor in norm.tensors().items():
-        if id(tensor) not in owned and now.tensors:
+        if id(tensor) not in owned and now.tensors and not is_keras:
             return f"{name} is computed from other tensors (parametrized)"
     if before.hold is not None and now.switches["held"] != before.switches["held"]:
         if norm.family == "frozen":

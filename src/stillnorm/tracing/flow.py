@@ -25,7 +25,7 @@ from stillnorm.errors import BatchError, StateError, StillnormError
 from stillnorm.norms import NormLayer, find_norms, probe_modes, walk
 from stillnorm.norms.adapters.keras import normalizing_by_batch
 from stillnorm.state import no_updates, preserved
-from stillnorm.tracing.batches import first_line
+from stillnorm.tracing.batches import copied, first_line
 from stillnorm.tracing.calling import Forward, call
 from stillnorm.tracing.instrument import Instrument, Normalization, Stray
 from stillnorm.tracing.measures import Measure, by_samples
@@ -75,7 +75,7 @@ class Run:
         self.seen, self.strays = instrument.seen, instrument.strays
         try:
             with instrument.watching():
-                output = call(self._model, batch, self._forward)
+                output = call(self._model, copied(batch), self._forward)  # models write to it
         except StillnormError as error:
             raise type(error)(f"batch {self.batches}: {error.fact}", help=error.help) from error
         except Exception as error:

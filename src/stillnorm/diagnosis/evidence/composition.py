@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from stillnorm.diagnosis.measures.answers import compare
 from stillnorm.state import eval_mode, preserved
-from stillnorm.tracing import batch_size, call, strangers_kept
+from stillnorm.tracing import batch_size, call, copied, strangers_kept
 
 if TYPE_CHECKING:
     from stillnorm.diagnosis.evidence import Evidence
@@ -35,9 +35,9 @@ def batch_dependence(evidence: Evidence) -> float | None:
     if not half:
         return None
     with preserved(model), strangers_kept(model), torch.no_grad(), eval_mode(model):
-        whole = call(model, batch, forward)
+        whole = call(model, copied(batch), forward)
         try:
-            alone = call(model, taken(batch, half, size), forward)
+            alone = call(model, copied(taken(batch, half, size)), forward)
         except Exception:  # a model that insists on its batch size
             return None
     return compare(whole, alone, half, size).moved

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from stillnorm.diagnosis.evidence.runs import Runs
 from stillnorm.state import eval_mode, preserved
-from stillnorm.tracing import call, strangers_kept
+from stillnorm.tracing import call, copied, strangers_kept
 
 
 def fed_by(
@@ -36,11 +36,12 @@ def fed_by(
 
     with preserved(model), strangers_kept(model), eval_mode(model), torch.enable_grad():
         for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point() and id(parameter) in chosen)
+            if not parameter.is_inference():
+                parameter.requires_grad_(parameter.is_floating_point() and id(parameter) in chosen)
         noted = register_module_forward_pre_hook(note)
         try:
             with saved_tensors_hooks(_drop, _drop):
-                output = call(model, runs.batches[0], runs.forward)
+                output = call(model, copied(runs.batches[0]), runs.forward)
         finally:
             noted.remove()
     return frozenset(fed) if _carries_gradient(output) else None

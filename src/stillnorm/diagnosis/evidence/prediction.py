@@ -125,6 +125,8 @@ def _without_mates(request: Request, batch: object, whole: object) -> tuple[Comp
         mates = compared()
     except CallError as error:
         return None, f"on half of the batch {error.fact}"
+    except Exception as error:  # answers of a kind that cannot be subtracted
+        return None, f"the answers cannot be compared ({type(error).__name__})"
     if not mates.parts:
         return None, "nothing in the answer belongs to one sample"
     if mates.changed and _differ(mates, compared(reseeded=True)):

@@ -11,7 +11,9 @@ All are in eval mode but for the norms themselves:
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -31,6 +33,7 @@ from stillnorm.tracing import (
     Trace,
     batch_size,
     call,
+    copied,
     each_batch,
     looking,
     strangers_kept,
@@ -132,8 +135,11 @@ def run_flows(request: Request, max_batches: int | None) -> Runs:
     """
     model, batches = request.model, request.batches
     forward, score = request.forward, request.score
+    if max_batches is not None and max_batches < 1:
+        raise BatchError(f"max_batches is {max_batches}", help="at least 1, or None for all")
     with preserved(model):  # iterating a DataLoader draws from the global generators
-        taken = tuple(islice(each_batch(batches), max_batches))
+        with _generators_kept(batches):
+            taken = tuple(islice(each_batch(batches), max_batches))
         if not taken:
             raise BatchError("there is no batch in batches=", help="give at least one batch")
         sizes = tuple(batch_size(batch) for batch in taken)
@@ -185,13 +191,26 @@ def run_flows(request: Request, max_batches: int | None) -> Runs:
     )
 
 
+@contextlib.contextmanager
+def _generators_kept(batches: object) -> Iterator[None]:
+    """Keep a DataLoader's own generators: the next epoch is the one it would have been."""
+    owners = (batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    kept = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in kept:
+            generator.set_state(state)
+
+
 def scored_in_eval(request: Request, runs: Runs) -> float:
     """Run the batches in eval mode and return the user's score, the model as it is now."""
     scores: list[float] = []
     with looking(request.model), strangers_kept(request.model):
         request.model.eval()
         for batch in runs.batches:
-            output = call(request.model, batch, request.forward)
+            output = call(request.model, copied(batch), request.forward)
             scores.append(request.rate(output, batch) if request.score else math.nan)
     return _weighted(scores, runs.batch_sizes)
 
@@ -203,9 +222,15 @@ def as_vector(output: object) -> Tensor:
         >>> as_vector({"logits": torch.ones(2, 3), "ids": torch.arange(2)}).shape
         torch.Size([6])
     """
-    found = [t.flatten() for t in tensors_in(output) if t.is_floating_point() and not t.is_meta]
+    found = [t.flatten() for t in tensors_in(output) if _is_plain(t)]
     step = sum(map(len, found)) // MOST_VALUES + 1
     return torch.cat([t[::step].double() for t in found]) if found else torch.empty(0)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor is floating numbers in memory."""
+    strided = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
+    return strided and tensor.is_floating_point() and tensor.numel() > 0
 
 
 def _weighted(values: list[float], weights: tuple[int, ...]) -> float:

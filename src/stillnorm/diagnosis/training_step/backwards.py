@@ -135,7 +135,7 @@ def _witnesses(layer: NormLayer) -> list[Tensor]:
 def _between(starts: Iterable[Node], targets: Iterable[Tensor]) -> set[Node]:
     """Return the nodes of a graph on the ways from `starts` to `targets`."""
     above: dict[Node, list[Node]] = {}
-    waiting = list(starts)
+    waiting = [node for node in starts if node is not None]  # of tensors inside vmap there is none
     seen = set(waiting)
     while waiting:
         node = waiting.pop()

@@ -8,6 +8,7 @@ node of the graph, which calls a backward goes through. Nothing is changed in wh
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -48,6 +49,7 @@ class Recorder(TorchFunctionMode):
         self._before = {layer: statistics(layer) for layer in layers}
         self._calls: list[StepCall] = []
         self._open: list[StepCall] = []
+        self._thread = threading.get_ident()
         self._running: list[nn.Module] = []
         self._forwards, self._displaced, self._taken_back = 0, False, True
         self._hooks = contextlib.ExitStack()
@@ -58,7 +60,7 @@ class Recorder(TorchFunctionMode):
         with self._hooks as stack:
             stack.callback(self._let_go)
             stack.enter_context(self._optimizing.watching())
-            stack.enter_context(visits(self._enter, self._leave))
+            stack.enter_context(visits(self._enter, self._leave, other_threads=True))
             stack.enter_context(self)
             if not isinstance(self._model, torch.jit.ScriptModule):
                 # The journal takes it off again.
@@ -148,6 +150,8 @@ class Recorder(TorchFunctionMode):
     # ------------------------------------------------------------------------------ weights
 
     def _before_step(self, optimizer: Optimizer) -> None:
+        if threading.get_ident() != self._thread:
+            return  # another's training
         self._journal.keep(optimizer)
         if self._optimizing.steps == 0:
             self._taken_back = not self._weights_differ()
