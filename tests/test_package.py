@@ -42,7 +42,7 @@ PUBLIC = {
 TOOLS = {
     "averages": ("match_average", "pool_statistics"),
     "export": ("export_program",),
-    "port": ("compare", "from_keras", "table", "to_keras"),
+    "port": ("compare", "from_keras", "read_keras", "table", "to_keras"),
     "repair": (
         "absorb_bias",
         "clamp_variance",

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stillnorm import averages as averages
-    from stillnorm import porting as port
     from stillnorm import export as export
+    from stillnorm import porting as port
     from stillnorm import repair as repair
     from stillnorm import testing as testing
     from stillnorm.calibration import recalibrate as recalibrate

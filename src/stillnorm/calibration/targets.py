@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from stillnorm.norms import Layers, NormLayer, find_norms, probe_modes, select
+from stillnorm.norms.adapters.keras import FOREIGN
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,8 @@ def find_targets(model: nn.Module, layers: Layers) -> Targets:
 
 
 def _refusal(layer: NormLayer) -> str | None:
+    if layer.family == "keras":
+        return FOREIGN
     if layer.is_scripted:
         return "is TorchScript's: what it receives cannot be seen; recalibrate before scripting"
     if layer.is_lazy:

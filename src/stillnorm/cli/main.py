@@ -14,6 +14,7 @@ from stillnorm.cli.export import export
 from stillnorm.cli.failures import report
 from stillnorm.cli.fold import fold
 from stillnorm.cli.inspect import inspect
+from stillnorm.cli.port import port
 from stillnorm.cli.recalibrate import recalibrate
 
 _NO_FREEZE = (
@@ -54,5 +55,5 @@ def main(traceback: bool) -> None:
     """BatchNorm that holds still: see what every norm layer does, and prove what is wrong."""
 
 
-for command in (inspect, check, explain, diff, recalibrate, fold, export, demo):
+for command in (inspect, check, explain, diff, recalibrate, fold, export, port, demo):
     main.add_command(command)

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
+from torch.jit._trace import TopLevelTracedModule
 from torch.optim import Optimizer
 
 from stillnorm.calibration.ranks import Group
@@ -104,7 +104,7 @@ def check(
     """
     started = time.perf_counter()
     chosen = choose(select, ignore)
-    if isinstance(model, torch.jit.TopLevelTracedModule):
+    if isinstance(model, TopLevelTracedModule):
         raise StateError(
             "the model is a trace of TorchScript: its layers have no modes and no settings",
             help="check the Python model, before torch.jit.trace",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -55,6 +56,11 @@ class Call:
             output: object = self.module(*args, **kwargs)
         return output
 
+    def in_float64(self) -> Call:
+        """Return the same of a copy of the model in float64."""
+        args, kwargs = tree_map(_doubled_precision, (self.args, self.kwargs))
+        return Call(copy.deepcopy(self.module).double(), args, kwargs, self.prefix)
+
     def resized(self, size: int, varies: Callable[[int], bool]) -> Call:
         """Return the call with another batch size; `varies` says which inputs have it."""
         numbers = iter(range(len(self.leaves)))
@@ -106,6 +112,11 @@ def doubled(example: object) -> object:
         lambda x: _resized(x, 2) if isinstance(x, Tensor) and x.dim() and len(x) == 1 else x,
         example,
     )
+
+
+def _doubled_precision(leaf: object) -> object:
+    floats = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return leaf.double() if floats else leaf  # type: ignore[attr-defined]
 
 
 def _resized(tensor: Tensor, size: int) -> Tensor:

@@ -40,9 +40,10 @@ def export_onnx(
 
     Returns:
         The report: inputs and outputs, which norms are still batch norms, and the errors of every
-        output at every batch size that was run. Allowed are 1e-4 (root mean square of the
-        difference, relative to that of the output) and 1e-3 (the largest, relative to the largest
-        value) in float32, and in half precision 1e-2 and 1e-1.
+        output at every batch size that was run. Allowed are 3.5e-4 (root mean square of
+        the difference, relative to that of the output) and 3.5e-3 (the largest, relative to the
+        largest value) in float32, in half precision 0.03 and 0.3, and more where the model
+        itself rounds worse (see `stillnorm.export.compare`). Usual are 1e-6 to 1e-5.
 
     Raises:
         ExportError: A finding speaks against it: eval depends on the batch (SN007, SN107), the

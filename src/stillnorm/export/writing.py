@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 from stillnorm.errors import BatchError, ExportError, StateError
 from stillnorm.export.artifact import Artifact
 from stillnorm.export.call import Call, doubled, size_of, unwrapped
-from stillnorm.export.compare import OutputError, Tolerance, errors
 from stillnorm.export.files import written_whole
+from stillnorm.export.proving import proved
 from stillnorm.export.refusal import must_be_exportable, must_not_use_the_batch
-from stillnorm.export.report import ExportReport, Format, Run
-from stillnorm.export.sizes import open_batch, with_other_sizes
+from stillnorm.export.report import ExportReport, Format
+from stillnorm.export.sizes import open_batch
+from stillnorm.norms import keep_tensors, overrides_train
 from stillnorm.norms.paths import without_wrappers
-from stillnorm.reports.numbers import short
 from stillnorm.state import attributes_kept, preserved
 from stillnorm.tracing import Forward, Trace, call_example, first_line, trace
 
@@ -65,7 +66,7 @@ def export(
             "the model is TorchScript's, which keeps its own modes: nothing of it is exported",
             help="use the Python model, before torch.jit.script or torch.jit.trace",
         )
-    with attributes_kept(model), preserved(model), torch.inference_mode(False), torch.no_grad():
+    with _left_as_found(model), torch.inference_mode(False), torch.no_grad():
         model.eval()
         seen, output = _seen(model, example, run)
         if format == "ONNX graph":
@@ -79,8 +80,23 @@ def export(
             try:
                 return _written(write, format, call, plan, target, used)
             except ExportError as error:
-                plans[-1] = Plan(call, None, f"with any, {error.fact}")
+                plans[-1] = Plan(call, None, error.fact)
         return _written(write, format, call, plans[-1], target, used)
+
+
+@contextlib.contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    """Keep all of a model: also what a forward that is stopped halfway has noted in it.
+
+    Where a `train()` is the model's own it may write to any parameter, and they are copied.
+    """
+    own = any(map(overrides_train, model.modules()))
+    with (
+        attributes_kept(model),
+        keep_tensors(model.parameters() if own else ()),
+        preserved(model),
+    ):
+        yield
 
 
 def _seen(model: nn.Module, example: object, run: Forward) -> tuple[Trace, object]:
@@ -155,13 +171,7 @@ def _written(
         artifact = write(plan.call, plan.shapes, path)
         if any(norm.uses == "batch" for norm in artifact.stored.norms):
             must_not_use_the_batch(path)
-        others = with_other_sizes(call, artifact.program, artifact.opened, asked=plan.asked)
-        runs = [_compared(artifact, call, size_of(call.leaves), call.run())]
-        runs += [
-            _compared(artifact, other, size, output)
-            for size, other in others
-            if (output := _output(other)) is not None
-        ]
+        runs = proved(artifact, call, asked=plan.asked)
         beside = [p for p in path.parent.iterdir() if p != path]
         total = sum(p.stat().st_size for p in (path, *beside))
     names = (norm.path.removeprefix(call.prefix) for norm in artifact.stored.norms)
@@ -175,62 +185,7 @@ def _written(
         fixed_batch="" if artifact.opened else plan.fixed,
         remaining=tuple(paths),
         absorbed=tuple(sorted(used.difference(paths))),
-        runs=tuple(runs),
+        runs=runs,
         size=total,
         data=target.parent / beside[0].name if beside else None,
     )
-
-
-def _output(call: Call) -> object:
-    """Return what the model returns; None where it does not take that many samples."""
-    try:
-        return call.run()
-    except Exception:
-        return None
-
-
-def _compared(artifact: Artifact, call: Call, size: int | None, output: object) -> Run:
-    """Run the file and compare it with the model.
-
-    Raises:
-        ExportError: It computes something else.
-    """
-    expected = _tensors(output)
-    got = artifact.run(call)
-    names = [port.name for port in artifact.outputs]
-    if len(got) != len(expected) or len(names) != len(expected):
-        raise ExportError(
-            f"the file returns {len(got)} tensors and the model {len(expected)}",
-            help="forward=lambda model, example: ... that returns the tensors alone",
-        )
-    found = errors(got, expected, names)
-    model = call.module
-    tolerance = Tolerance.of(
-        [*model.parameters(), *model.buffers(), *_tensors(call.leaves), *expected]
-    )
-    for error in found:
-        if not tolerance.allows(error):
-            raise _wrong(error, tolerance, call, expected, size)
-    return Run(size, found)
-
-
-def _wrong(
-    error: OutputError, tolerance: Tolerance, call: Call, expected: list[Tensor], size: int | None
-) -> ExportError:
-    """Tell a file that is wrong from a model that draws random numbers."""
-    again = errors(_tensors(call.run()), expected, [""] * len(expected))
-    if not all(map(tolerance.allows, again)):
-        return ExportError(
-            "the model in eval mode returns another output each time: nothing can be compared",
-            help="make it deterministic: pass the random numbers in as an input",
-        )
-    return ExportError(
-        f"{error.name} of the file is off by {short(error.max)} of its largest value (rms "
-        f"{short(error.rms)}) from the model in eval mode, at batch size {size}; allowed are "
-        f"{short(tolerance.max)} and {short(tolerance.rms)}",
-        help="nothing was written; where only some batch sizes are wrong, dynamic=False",
-    )
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

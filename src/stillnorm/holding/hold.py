@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from stillnorm.holding.folding import is_folding, part
 from stillnorm.holding.held import held_class
 from stillnorm.norms import Hold, NormLayer, find_norms, hold_of
+from stillnorm.norms.adapters.keras import how_to_freeze
 from stillnorm.norms.hold import HOLD, Affine
 from stillnorm.norms.pair import pair_of
 
@@ -22,6 +23,8 @@ def why_not(layer: NormLayer, affine: Affine) -> str | None:
     module = layer.module
     if layer.family == "frozen":
         return f"weight and bias of {layer.provider}'s {layer.kind} are buffers and cannot train"
+    if layer.family == "keras":
+        return how_to_freeze(layer.path)
     if layer.is_scripted:
         return "a TorchScript module has no class to hold on to: freeze first, script afterwards"
     if layer.is_lazy:

@@ -6,6 +6,7 @@ from stillnorm.norms.hold import hold_of as hold_of
 from stillnorm.norms.layer import NormalizesBy as NormalizesBy
 from stillnorm.norms.layer import NormLayer as NormLayer
 from stillnorm.norms.paths import clean_path as clean_path
+from stillnorm.norms.paths import every_module as every_module
 from stillnorm.norms.paths import walk as walk
 from stillnorm.norms.probe import Modes as Modes
 from stillnorm.norms.probe import overrides_train as overrides_train

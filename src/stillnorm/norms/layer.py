@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from stillnorm.norms.adapters import keras
 from stillnorm.norms.adapters.adapter import Adapter, Family
 from stillnorm.norms.adapters.detectron2 import provider_of_copy
 from stillnorm.norms.hold import Hold, hold_of
@@ -74,8 +76,7 @@ class NormLayer:
     # ------------------------------------------------------------------ tensors and settings
 
     def _tensor(self, name: str) -> Tensor | None:
-        value = getattr(self.module, name, None)
-        return value if isinstance(value, Tensor) else None
+        return self.adapter.tensor(self.module, name)
 
     @property
     def weight(self) -> Tensor | None:
@@ -122,12 +123,13 @@ class NormLayer:
     @property
     def momentum(self) -> float | None:
         """The weight of the new batch in the statistics; None for the cumulative average."""
-        momentum = getattr(self.module, "momentum", None)
-        return None if momentum is None else float(momentum)
+        return self.adapter.momentum(self.module)
 
     @property
     def tracks(self) -> bool:
-        """The flag `track_running_stats`."""
+        """The flag `track_running_stats`; always on in Keras."""
+        if self.family == "keras":
+            return True
         return bool(getattr(self.module, "track_running_stats", False))
 
     # ------------------------------------------------------------------ what it is
@@ -143,7 +145,7 @@ class NormLayer:
         waiting = any(
             isinstance(tensor, UninitializedParameter | UninitializedBuffer)
             for tensor in self.tensors().values()
-        )
+        ) or (self.family == "keras" and self.running_mean is None)
         return waiting or (hasattr(type(self.module), "cls_to_become") and self.num_features == 0)
 
     @property
@@ -167,8 +169,13 @@ class NormLayer:
     # ------------------------------------------------------------------ the three switches
 
     def normalizes_by(self, training: bool) -> NormalizesBy:
-        """Tell what the forward would use if the layer's flag `training` were as given."""
+        """Tell what the forward would use if the layer's flag `training` were as given.
+
+        For a layer of Keras', if the argument `training` of its call were.
+        """
         if self.family == "frozen" or self.hold is not None:
+            return "running"
+        if self.family == "keras" and not keras.trains(self.module):
             return "running"
         if self.family == "instance":
             return "sample" if training or not self.tracks else "running"
@@ -180,6 +187,8 @@ class NormLayer:
             return False
         if not self.has_statistics or self.momentum == 0:
             return False
+        if self.family == "keras" and not keras.trains(self.module):
+            return False
         if self.family == "instance":  # untracked it writes them in eval mode too; None is 0 to it
             return self.momentum is not None and (training or not self.tracks)
         return training and self.tracks
@@ -190,6 +199,16 @@ class NormLayer:
         if self.family == "frozen" or (self.hold is not None and self.hold.affine == "frozen"):
             return False
         return any(t is not None and t.requires_grad for t in (self.weight, self.bias))
+
+    # ------------------------------------------------------------------ what it is called on
+
+    def called_in_training(self, kwargs: Mapping[str, object]) -> bool:
+        """Tell in which mode a call is, of which these are the keyword arguments."""
+        return bool(kwargs.get("training") if self.family == "keras" else self.module.training)
+
+    def channels_first(self, x: Tensor) -> Tensor:
+        """Return an input with its channels at axis 1, where torch's layers have them."""
+        return x.movedim(keras.axis(self.module), 1) if self.family == "keras" else x
 
     def __repr__(self) -> str:
         return f"NormLayer({self.path or '(root)'}: {self.kind}({self.num_features}))"

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from stillnorm.norms.adapters import keras
+
 _ALWAYS_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
@@ -46,11 +48,21 @@ def walk(
     yield from _walk(model, (), ())
 
 
+def every_module(model: nn.Module) -> list[nn.Module]:
+    """Return every module once: those of `model.modules()`, and those that Keras keeps in lists."""
+    modules = list(model.modules())
+    if any(map(keras.is_keras, modules)):
+        modules = list(dict.fromkeys((*modules, *(module for _, module, _ in walk(model)))))
+    return modules
+
+
 def _walk(
     module: nn.Module, parts: tuple[str, ...], ancestors: tuple[nn.Module, ...]
 ) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
     yield ".".join(parts), module, ancestors
     children = [(name, child) for name, child in module._modules.items() if child is not None]
+    if keras.is_keras(module):
+        children = keras.children(module)
     for name, child in children:
         wraps = name in _ALWAYS_WRAPPERS or (
             name == "module"

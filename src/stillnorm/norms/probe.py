@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stillnorm.norms.find import find_norms
 from stillnorm.norms.hold import hold_of
 from stillnorm.norms.layer import NormLayer
+from stillnorm.norms.paths import every_module
 from stillnorm.norms.undo import random_kept, writes_undone
 
 
@@ -45,6 +46,8 @@ class Modes:
             return "stillnorm"
         if layer.family == "frozen":
             return f"{layer.provider} {layer.kind}"
+        if layer.family == "keras":
+            return None if layer.normalizes_by(training=True) == "batch" else "trainable=False"
         if self.in_train[layer.module] or layer.normalizes_by(training=False) != "running":
             return None
         owners = [layer.module, *reversed(layer.ancestors), *reversed(layer.elsewhere)]
@@ -59,7 +62,7 @@ def probe_modes(model: nn.Module) -> Modes:
         Nothing for a model without `train()` overrides; otherwise one call of each, and a copy of
         what the overrides write.
     """
-    modules = list(model.modules())
+    modules = every_module(model)
     if not any(overrides_train(m) for m in modules) and type(model).eval is nn.Module.eval:
         held = {module: hold_of(module) is not None for module in modules}
         return Modes(

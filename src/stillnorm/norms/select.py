@@ -11,7 +11,7 @@ from torch import nn
 from stillnorm.errors import SelectorError
 from stillnorm.norms.find import find_norms
 from stillnorm.norms.layer import NormLayer
-from stillnorm.norms.paths import clean_path, without_wrappers
+from stillnorm.norms.paths import clean_path, every_module, without_wrappers
 
 Layers = (
     None | str | nn.Module | type[nn.Module] | Callable[[str, nn.Module], bool] | Iterable["Layers"]
@@ -63,7 +63,7 @@ def matcher(layers: Layers) -> Callable[[NormLayer], bool]:
         pattern = layers
         return lambda norm: any(globs(path, pattern) for path in norm.paths)
     if isinstance(layers, nn.Module):
-        inside = {id(module) for module in layers.modules()}
+        inside = {id(module) for module in every_module(layers)}
         return lambda norm: id(norm.module) in inside
     if isinstance(layers, type):
         kind = layers
@@ -117,7 +117,7 @@ def _nothing(model: nn.Module, norms: tuple[NormLayer, ...], layers: Layers) -> 
         near = get_close_matches(layers, prefixes, n=3, cutoff=0.4) or list(prefixes)[:3]
         return SelectorError(fact, help=f"nearest: {', '.join(near)}")
     if isinstance(layers, nn.Module):
-        inside = any(module is layers for module in model.modules())
+        inside = any(module is layers for module in every_module(model))
         where = "has no norm layer in it" if inside else f"is not part of {name}"
         return SelectorError(
             f"the {type(layers).__name__} given as layers= {where}",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from stillnorm.errors import PortError
 from stillnorm.porting.part import Refusal
 from stillnorm.porting.report import Agreement, PortReport
 from stillnorm.porting.transfer import Check, Count, Direction, Which, matched, transfer
@@ -210,6 +213,40 @@ def compare(
     """
     matching, _ = matched(keras_model, model, names, "all")
     return Check(example, torch_example, tolerance).run(keras_model, model, matching.pairs)
+
+
+def read_keras(path: str | os.PathLike[str]) -> Any:
+    """Read a model from a file of Keras 3, ``.keras``; no code in it is run.
+
+    Where Keras has not been imported, its backend becomes torch, unless the environment variable
+    KERAS_BACKEND says otherwise.
+
+    Args:
+        path: What ``model.save("model.keras")`` has written.
+
+    Returns:
+        The Keras model, not compiled.
+
+    Raises:
+        FileFormatError: It is no such file, is damaged, or has code in it (a `Lambda` layer).
+        PortError: Keras is not installed.
+
+    Example:
+        >>> import keras, tempfile
+        >>> there = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     there.save(f"{folder}/model.keras")
+        ...     read_keras(f"{folder}/model.keras").count_params()
+        16
+    """
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    try:
+        from stillnorm.porting.keras.files import load
+    except ImportError as error:
+        raise PortError(
+            f"Keras cannot be imported: {error}", help="pip install 'stillnorm[keras]'"
+        ) from error
+    return load(Path(path))
 
 
 # ------------------------------------------------------------------------------- directions

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from stillnorm.errors import RepairError
 from stillnorm.holding import hold, part_unheld, remember
 from stillnorm.norms import Layers, NormLayer, hold_of, select
+from stillnorm.norms.adapters.keras import FOREIGN
 from stillnorm.repair.affine import must_agree
 from stillnorm.repair.calls import Place, places_of
 from stillnorm.repair.kinds import HOOKS, KINDS, STATE_HOOKS, Kind, Made
@@ -170,6 +171,9 @@ def _plan(
     kept = _kept_elsewhere(model, chosen)
     for layer in chosen:
         if made_as.already(layer):
+            continue
+        if layer.family == "keras":
+            refused.append((layer.path, FOREIGN))
             continue
         places = places_of(model, layer)
         reason = kept.get(layer.module) or _why_not(layer, places, kind)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stillnorm.calibration import recalibrate
 from stillnorm.errors import CalibrationError, StateError
 from stillnorm.norms import Layers, NormLayer, probe_modes, select
+from stillnorm.norms.adapters.keras import FOREIGN
 from stillnorm.repair.calls import CallCounter, Calls, Place, places_of
 from stillnorm.repair.per_call import Finish, Restart, SplitNorm, twin
 from stillnorm.repair.report import Split, SplitReport
@@ -195,7 +196,9 @@ def _plan(
         calls = counted.get(layer.module)
         if calls is None or calls.count < 2:
             continue
-        if modes.held_by(layer) is not None:
+        if layer.family == "keras":
+            refused.append((layer.path, FOREIGN))
+        elif modes.held_by(layer) is not None:
             refused.append((layer.path, "is held: it has one set of statistics in both modes"))
         elif not layer.has_statistics:
             refused.append((layer.path, "has no running statistics: every call has its own"))

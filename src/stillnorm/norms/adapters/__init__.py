@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from stillnorm.norms.adapters import detectron2, timm, torch, torchvision, transformers
+from stillnorm.norms.adapters import detectron2, keras, timm, torch, torchvision, transformers
 from stillnorm.norms.adapters.adapter import Adapter
 
 # Specific providers first: the last entry takes any other layer that looks like detectron2's.
@@ -15,6 +15,7 @@ _ADAPTERS: tuple[Adapter, ...] = (
     torch.BATCH,
     torch.INSTANCE,
     torch.SCRIPTED,
+    keras.KERAS,
     torchvision.FROZEN,
     timm.FROZEN,
     transformers.FROZEN,

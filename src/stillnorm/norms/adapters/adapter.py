@@ -7,9 +7,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-Family = Literal["batch", "instance", "frozen"]
+Family = Literal["batch", "instance", "frozen", "keras"]
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    value = getattr(module, name, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def _momentum(module: nn.Module) -> float | None:
+    momentum = getattr(module, "momentum", None)
+    return None if momentum is None else float(momentum)
 
 
 @dataclass(frozen=True)
@@ -18,16 +28,20 @@ class Adapter:
 
     Args:
         provider: The library's name.
-        family: "batch", "instance", or "frozen" for another library's layer that always
-            normalises by its buffers.
+        family: "batch", "instance", "frozen" for another library's layer that always normalises by
+            its buffers, or "keras" for one whose mode is an argument of its call.
         recognizes: Whether a module is such a layer.
         eps: The eps that the layer's forward uses.
+        tensor: Its tensor of one of torch's names, or None.
+        momentum: The weight of the new batch in the statistics.
     """
 
     provider: str
     family: Family
     recognizes: Callable[[nn.Module], bool]
     eps: Callable[[nn.Module], float] = lambda module: float(module.eps)  # type: ignore[arg-type]
+    tensor: Callable[[nn.Module, str], Tensor | None] = _tensor
+    momentum: Callable[[nn.Module], float | None] = _momentum
 
 
 def is_frozen_batch_norm(module: nn.Module) -> bool:

@@ -33,9 +33,10 @@ def load(path: Path) -> Any:
             f"{path.name} cannot be loaded: {_first(error)}",
             help="with layers of your own, or Lambda: load it in Python, then "
             "sn.port.from_keras(keras_model, model)",
-        ) from error
+        ) from None
 
 
 def _first(error: Exception) -> str:
+    """Return the first sentence of Keras' many."""
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return lines[0].partition(". ")[0][:200] if lines else type(error).__name__
