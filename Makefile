@@ -27,6 +27,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/frozen_layer.py
 	$(BIN)/python benchmarks/folded_layer.py
 	$(BIN)/python benchmarks/recalibrate.py --batches 8 8 8 8 --threads 1
+	$(BIN)/python benchmarks/check.py --networks torchvision/resnet50
 	$(BIN)/python benchmarks/folded_network.py --batches 8 --seconds 30 \
 	    --networks torchvision/resnet50 torchvision/mobilenet_v2 --plot plots
 
