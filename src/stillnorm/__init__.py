@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from stillnorm import averages as averages
     from stillnorm import export as export
-    from stillnorm import porting as port
+    from stillnorm import porting as port  # noqa: F401, ruff knows aliases of the same name only
     from stillnorm import repair as repair
     from stillnorm import testing as testing
     from stillnorm.calibration import recalibrate as recalibrate

@@ -59,7 +59,17 @@ def test_the_program_is_installed():
 def test_help_lists_the_commands_and_says_why_freeze_is_none(run):
     result = run("--help")
     assert result.exit_code == 0
-    for name in ("inspect", "check", "explain", "diff", "recalibrate", "fold", "export", "port", "demo"):
+    for name in (
+        "inspect",
+        "check",
+        "explain",
+        "diff",
+        "recalibrate",
+        "fold",
+        "export",
+        "port",
+        "demo",
+    ):
         assert f"\n  {name} " in result.stdout
     assert "no freeze command: a hold lives in the process" in " ".join(result.stdout.split())
 

@@ -230,8 +230,8 @@ def test_large_tensors_lie_beside_the_file(tmp_path: Path) -> None:
     assert report.size == report.path.stat().st_size + report.data.stat().st_size
     assert "keep net.onnx.data beside it" in str(report)
     x = images(3)
-    session = onnxruntime.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
-    (y,) = session.run(None, {"x": x.numpy()})
+    runtime = onnxruntime.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
+    (y,) = runtime.run(None, {"x": x.numpy()})
     model = net().eval()
     torch.testing.assert_close(torch.from_numpy(y), model(x).detach())
 

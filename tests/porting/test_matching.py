@@ -94,14 +94,14 @@ def test_a_map_with_a_mistake(names: dict[str, str], message: str) -> None:
 
 def test_another_number_of_layers() -> None:
     here = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(PortError, match="has 2 layers that are a dense, the torch model 1"):
+    with pytest.raises(PortError, match="has 2 dense layers, the torch model 1"):
         sn.port.from_keras(two_dense(), here)
 
 
 def test_another_shape() -> None:
     here = dense_twin()
     here[4] = nn.Linear(10, 4, bias=False)
-    with pytest.raises(PortError, match=r"dense 10 -> 3, no bias in Keras and 4, .* 10 -> 4"):
+    with pytest.raises(PortError, match=r"dense layer 10 -> 3, no bias in Keras and 4, .* 10 -> 4"):
         sn.port.from_keras(dense_net(), here)
 
 
@@ -131,7 +131,7 @@ def test_layers_of_other_kinds_are_refused_by_name() -> None:
 def test_quantised_and_lora_kernels_are_refused() -> None:
     there = two_dense()
     there.get_layer("a").enable_lora(2)
-    with pytest.raises(PortError, match="has 1 layers that are a dense"):
+    with pytest.raises(PortError, match="has 1 dense layer, the"):
         sn.port.from_keras(there, TwoLinear())
     with pytest.raises(PortError, match="'a' is no layer of the Keras model"):
         sn.port.from_keras(there, TwoLinear(), names={"a": "first"})

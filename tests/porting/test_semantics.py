@@ -178,7 +178,7 @@ def test_renorm_is_refused() -> None:
     "norm", [nn.InstanceNorm1d(5), nn.LazyBatchNorm1d(), nn.LayerNorm(5), nn.GroupNorm(1, 5)]
 )
 def test_other_norms_are_no_twins(norm: nn.Module) -> None:
-    with pytest.raises(PortError, match="has 1 layers that are a batch norm, the torch model 0"):
+    with pytest.raises(PortError, match="has 1 batch norm, the torch model 0"):
         sn.port.from_keras(keras_norm(), norm)
 
 
@@ -197,3 +197,22 @@ def test_a_compiled_model_has_to_be_compiled_again() -> None:
     there.compile(loss="mse")
     assert "compile() again" in str(sn.port.to_keras(nn.BatchNorm1d(5), there))
     assert "compile() again" not in str(sn.port.to_keras(nn.BatchNorm1d(5), keras_norm()))
+
+
+def test_a_refused_layer_is_left_as_it_was_and_the_others_are_ported() -> None:
+    there = filled(
+        keras.Sequential(
+            [
+                keras.Input((5,)),
+                keras.layers.BatchNormalization(),
+                keras.layers.BatchNormalization(momentum=0.9),
+            ]
+        )
+    )
+    here = nn.Sequential(nn.BatchNorm1d(5, affine=False), nn.BatchNorm1d(5))
+    report = sn.port.from_keras(there, here, strict=False)
+    assert [path for path, _ in report.refused] == ["0"]
+    assert [one.path for one in report.ported] == ["1"]
+    assert (here[0].eps, here[0].momentum, here[1].momentum) == (1e-5, 0.1, 0.1)
+    assert here[0].running_mean.tolist() == [0] * 5
+    assert here[1].eps == 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from stillnorm.cli.failures import FINDINGS, INTERNAL
 from stillnorm.cli.fixing import fixed, write_model
 from stillnorm.cli.options import FILES, Loaded, format_of, load, on_model, working
 from stillnorm.cli.weights import few, must_be_tensors, must_have_a_folder
-from stillnorm.cli.written import FORMATS, form_of, write_report
+from stillnorm.cli.written import FORMATS, form_of, must_not_replace, write_report
 from stillnorm.errors import TargetError
 from stillnorm.reports.numbers import count
 
@@ -154,6 +155,8 @@ def check(
     for file in outputs:
         must_have_a_folder(file, "--output")
         form_of(file, format)
+    inputs = (target, data, forward, score, predict, train_step, optimizer, weights, config.file)
+    must_not_replace(outputs, (*inputs, out, baseline, write_baseline))
 
     known = _known(baseline, write_baseline)
     scorer = _function(score, "output", "batch")
@@ -176,7 +179,7 @@ def check(
                 predict=predictor,
                 train_step=step,
                 optimizer=_optimizer(make_optimizer, loaded.model, optimizer),
-                max_batches=max_batches,
+                max_batches=min(max_batches, sys.maxsize),
                 select=select,
                 ignore=ignore,
             )
@@ -185,9 +188,11 @@ def check(
     loaded = _readable_twice(load(target, weights, data, forward, device, files=True), max_batches)
     if fix and loaded.file is not None:
         raise click.UsageError(f"--fix needs a model: {loaded.file.name} is a file")
-    keys = list(loaded.model.state_dict())
+    with working("reading the model's state"):
+        state = loaded.model.state_dict()
+    keys = list(state)
     if out is not None:
-        must_be_tensors(loaded.model.state_dict())
+        must_be_tensors(state)
     report = look()
     if write_baseline is not None and known is not None:
         known = known.updated(report)
@@ -238,7 +243,7 @@ def _readable_twice(loaded: Loaded, max_batches: int) -> Loaded:
     if not isinstance(loaded.data, Iterator):
         return loaded
     with working("reading the batches"):
-        return replace(loaded, data=list(islice(loaded.data, max_batches)))
+        return replace(loaded, data=list(islice(loaded.data, min(max_batches, sys.maxsize))))
 
 
 def _known(baseline: Path | None, write_baseline: Path | None) -> Baseline | None:

@@ -96,7 +96,7 @@ def _table(file: Path) -> Any:
         raise ConfigError(
             f"{file} cannot be read: {error.strerror}", help="check the path"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not TOML: {error}", help="mend it there") from error
     tool = data.get("tool")
     return tool.get("stillnorm") if isinstance(tool, dict) else None

@@ -22,6 +22,7 @@ INTERRUPTED = 130  # as shells say it
 WHOLE = "stillnorm --traceback ... shows all of it"
 _PYTHON = Path(traceback.__file__).parent
 _OURS = Path(stillnorm.__file__).parent
+_LIBRARIES = ("torch", "click", "google.protobuf", "numpy", "onnx", "rich", "safetensors")
 
 
 def report(error: BaseException, *, whole: bool) -> int:
@@ -36,6 +37,9 @@ def report(error: BaseException, *, whole: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return INTERRUPTED
+    if isinstance(error, SystemExit):
+        say(f"your code ended the program: {describe(error)}", WHOLE)
+        return BAD_USAGE
     if isinstance(error, StillnormError):
         say(*_put(error))
         return BAD_USAGE
@@ -67,9 +71,11 @@ def _put(error: StillnormError) -> tuple[str, str]:
 
 def say(fact: str, help: str) -> None:
     """Print one line of fact, and what to do about it, on stderr."""
-    click.echo(click.style("error", fg="red", bold=True) + f": {fact}", err=True)
+    from stillnorm.reports.lines import escaped
+
+    click.echo(click.style("error", fg="red", bold=True) + f": {escaped(fact)}", err=True)
     if help:
-        click.echo(f"  help: {help}", err=True)
+        click.echo(f"  help: {escaped(help)}", err=True)
 
 
 def describe(error: BaseException) -> str:
@@ -115,12 +121,12 @@ def _walk(error: BaseException) -> Iterator[tuple[FrameType, int]]:
 
 
 def _owner(code: CodeType) -> Literal["library", "stillnorm", "user"]:
-    """Tell whose code it is. Torch, click and Python's own say nothing of who called them."""
+    """Tell whose code it is. What we build on and Python's own say nothing of who called them."""
     file = Path(code.co_filename)
     if _OURS in file.parents:
         return "stillnorm"
-    named = [sys.modules[name].__file__ for name in ("torch", "click") if name in sys.modules]
-    in_library = any(Path(library or "").parent in file.parents for library in named)
+    libraries = (sys.modules[name].__file__ for name in _LIBRARIES if name in sys.modules)
+    in_library = any(Path(init).parent in file.parents for init in libraries if init)
     installed = "site-packages" in file.parts or "dist-packages" in file.parts
     in_python = (_PYTHON in file.parents and not installed) or code.co_filename.startswith("<")
     return "library" if in_library or in_python else "user"

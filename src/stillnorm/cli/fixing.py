@@ -81,8 +81,8 @@ def write_model(model: nn.Module, keys_before: list[str], report: Report, out: P
     from stillnorm.norms import find_norms
     from stillnorm.state.files import write_tensors
 
-    state = model.state_dict()
     with working(f"writing {out.name}"):
+        state = model.state_dict()
         write_tensors(out, state, {})
     click.echo(f"the fixed model: {out}", err=True)
     new = [key for key in state if key not in keys_before]

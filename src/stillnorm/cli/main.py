@@ -40,7 +40,7 @@ class Program(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise  # click's own ways to end
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # click itself raises Exit
             ctx.exit(report(error, whole=ctx.params["traceback"]))
 
 

@@ -66,6 +66,12 @@ def load_file(target: str) -> Stored | None:
     return read_target(target)
 
 
+def file_of(target: str) -> Path:
+    """Return the file that a target names, or the module."""
+    match = _TARGET.fullmatch(target)
+    return Path(match[1] if match and match[1] else target)
+
+
 def load_data(target: str) -> object:
     """Return the batches that a target makes.
 

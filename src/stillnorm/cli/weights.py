@@ -85,8 +85,10 @@ def _why_missing(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
 
 def few(keys: Iterable[str]) -> str:
     """Write the first three of some keys."""
+    from stillnorm.state.record import shown
+
     keys = list(keys)
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    return ", ".join(map(shown, keys[:3])) + (", ..." if len(keys) > 3 else "")
 
 
 def _shape(tensor: Tensor) -> str:

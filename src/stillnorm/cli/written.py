@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stillnorm.cli.options import as_text
+from stillnorm.cli import targets
+from stillnorm.cli.options import as_text, working
 
 if TYPE_CHECKING:
     from stillnorm.diagnosis import Report
@@ -33,6 +34,31 @@ def form_of(file: Path, format: str) -> str:
     return _ENDINGS.get(file.suffix.lower(), format)
 
 
+def must_not_replace(outputs: Sequence[Path], given: Sequence[str | Path | None]) -> None:
+    """Say now, not after the work, that a report would take the place of what else was named.
+
+    Args:
+        outputs: The files of the report.
+        given: Other files, and targets: their files.
+
+    Raises:
+        click.BadParameter: They are the same file, perhaps by a link.
+    """
+    for file in outputs:
+        for other in (name for name in given if name is not None):
+            if any(_is_same(file, name) for name in (Path(other), targets.file_of(str(other)))):
+                raise click.BadParameter(
+                    f"{file} is {other}: a report must not take its place", param_hint="--output"
+                )
+
+
+def _is_same(file: Path, other: Path) -> bool:
+    try:
+        return file.samefile(other)
+    except (OSError, ValueError):  # one of them is not there yet
+        return os.path.realpath(file) == os.path.realpath(other)
+
+
 def write_report(report: Report, *, format: str, files: Sequence[Path], verbose: bool) -> None:
     """Write the report into files and on stdout; what a file has taken, stdout shows as text.
 
@@ -45,11 +71,13 @@ def write_report(report: Report, *, format: str, files: Sequence[Path], verbose:
     from stillnorm.state.files import write_whole
 
     forms = [form_of(file, format) for file in files]
-    for file, form in zip(files, forms, strict=True):
-        write_whole(file, (_written(report, form, verbose) + "\n").encode())
     shown = "text" if format in forms else format
     terminal = shown == "text" and sys.stdout.isatty()
-    if said := _written(report, shown, verbose, terminal=terminal):
+    with working("writing the report"):  # a page runs the model
+        for file, form in zip(files, forms, strict=True):
+            write_whole(file, (_written(report, form, verbose) + "\n").encode())
+        said = _written(report, shown, verbose, terminal=terminal)
+    if said:
         click.echo(said)
 
 

@@ -55,7 +55,7 @@ class Baseline:
                 f"{path} cannot be read: {error.strerror}",
                 help=f"--write-baseline {path} makes one",
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FileFormatError(f"{path} is not JSON: {error}", help=_remake(path)) from error
         version = data.get("stillnorm_baseline") if isinstance(data, dict) else None
         if version != VERSION:
@@ -110,7 +110,7 @@ class Baseline:
         Args:
             report: What `hidden` returned.
         """
-        met = {(s.code, path) for s in report.suppressed if s.by == self.name for path in s.paths}
+        met = {(s.code, path) for s in report.suppressed for path in s.paths}  # whoever hides it
         known = [(code, path) for code, paths in self._known(report).items() for path in paths]
         return [fault for fault in known if fault[0] in report.ran and fault not in met]
 

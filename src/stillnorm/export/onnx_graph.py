@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,29 +59,31 @@ def write_onnx(call: Call, shapes: Any, path: Path) -> Artifact:
             raise ExportError("torch.onnx.export returned no program")
         exported = program.exported_program
         sizes = opened(exported, call)
-        program.rename_axes(dict.fromkeys(map(str, sizes.values()), "batch"))
+        ours = [name for name in map(str, sizes.values()) if re.fullmatch(r"s\d+", name)]
+        if ours and hasattr(program, "rename_axes"):  # torch 2.9 on; others are the user's names
+            program.rename_axes(dict.fromkeys(ours, "batch"))
         program.save(str(path))
-    session = _session(path)
-    names = [port.name for port in session.get_inputs()]
+    runtime = _runtime(path)
+    names = [port.name for port in runtime.get_inputs()]
 
     def run(other: Call) -> list[Tensor]:
         tensors = [leaf for leaf in other.leaves if isinstance(leaf, Tensor)]
         with _running():
             given = {name: _array(x) for name, x in zip(names, tensors, strict=True)}
-            return [torch.from_numpy(array) for array in session.run(None, given)]
+            return [torch.from_numpy(array) for array in runtime.run(None, given)]
 
     return Artifact(
         exported,
         {entry.domain: entry.version for entry in _header(path).opset_import}.get(""),
-        _ports(session.get_inputs()),
-        _ports(session.get_outputs()),
+        _ports(runtime.get_inputs()),
+        _ports(runtime.get_outputs()),
         sizes,
         read_onnx(path),
         run,
     )
 
 
-def _session(path: Path) -> Any:
+def _runtime(path: Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -12,6 +12,7 @@ from typing import Literal
 from stillnorm.errors import PortError
 from stillnorm.porting.keras.parts import KerasPart
 from stillnorm.porting.torch_layers import TorchPart
+from stillnorm.reports.numbers import count
 
 Names = Mapping[str, str] | Callable[[str], str] | None
 Pair = tuple[KerasPart, TorchPart]
@@ -119,7 +120,7 @@ def _by_order(keras: Sequence[KerasPart], torch: Sequence[TorchPart]) -> Matchin
     for kind in {**mine, **twins}:
         if len(mine[kind]) != len(twins[kind]):
             raise PortError(
-                f"the Keras model has {len(mine[kind])} layers that are a {kind}, the torch model "
+                f"the Keras model has {count(len(mine[kind]), kind)}, the torch model "
                 f"{len(twins[kind])}",
                 help=f"{_MAP}; only what it names is ported",
             )

@@ -14,7 +14,7 @@ class Geometry:
     """What a port does not change, and two layers must have in common.
 
     Args:
-        kind: "batch norm", "convolution", "transposed convolution" or "dense".
+        kind: "batch norm", "convolution", "transposed convolution" or "dense layer".
         weight: The weight's shape, in torch's layout; (C,) of a batch norm.
         bias: Whether there is a bias; of a batch norm always True.
         stride: The stride along each spatial axis.

@@ -106,7 +106,7 @@ class Ported:
     Args:
         name: Its name in the Keras model.
         path: Its path in the torch model.
-        kind: What it is: "batch norm", "convolution", "transposed convolution", "dense".
+        kind: What it is: "batch norm", "convolution", "transposed convolution", "dense layer".
         notes: What is worth knowing about it.
     """
 

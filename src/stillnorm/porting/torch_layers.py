@@ -79,7 +79,7 @@ def _geometry(module: nn.Module, norm: NormLayer | None) -> Geometry | None:
         return None
     shape, has_bias = tuple(weight.shape), module.bias is not None
     if isinstance(module, nn.Linear):
-        return Geometry("dense", shape, has_bias)
+        return Geometry("dense layer", shape, has_bias)
     kind = "transposed convolution" if isinstance(module, _TRANSPOSED) else "convolution"
     return Geometry(
         kind, shape, has_bias, tuple(module.stride), tuple(module.dilation), module.groups

@@ -17,12 +17,23 @@ _STYLES: dict[Style, str] = {
     "dim": "dim",
     "strong": "bold",
 }
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # C0, C1, lines, no text
 _GAP = re.compile(r"(?<=\S) +(?=[^\s%])")  # where a line may break: not before a percent sign
 
 
 def styled(text: Text) -> Styled:
-    """Return the text as rich writes it."""
-    return Styled.assemble(*((part.text, _STYLES[part.style]) for part in spans(text)))
+    """Return the text as rich writes it; nothing in a name reaches the terminal as a command."""
+    return Styled.assemble(*((escaped(part.text), _STYLES[part.style]) for part in spans(text)))
+
+
+def escaped(text: str) -> str:
+    r"""Write out control characters: names in foreign files may hold any.
+
+    Example:
+        >>> escaped("layer\n::error::x")
+        'layer\\n::error::x'
+    """
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def wrap(line: Styled, width: int, hanging: int = 0) -> list[Styled]:

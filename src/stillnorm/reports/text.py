@@ -26,7 +26,7 @@ from stillnorm.reports.document import (
     Span,
     Table,
 )
-from stillnorm.reports.lines import indented, rstripped, styled, wrap
+from stillnorm.reports.lines import escaped, indented, rstripped, styled, wrap
 from stillnorm.reports.numbers import number, span
 from stillnorm.reports.tables import lay_out
 
@@ -132,11 +132,12 @@ def _histogram(block: Histogram) -> Table:
 def _quote(block: Quote, width: int) -> Iterator[Styled]:
     """Yield the words in quotation marks, the source at the right edge."""
     lines = wrap(styled(f'"{block.text}"'), width, 1)
-    room = width - lines[-1].cell_len - len(block.source)
+    source = escaped(block.source)
+    room = width - lines[-1].cell_len - len(source)
     if room >= 2:
-        lines[-1].append(" " * room + block.source)
+        lines[-1].append(" " * room + source)
     else:
-        lines.append(styled(block.source.rjust(width)))
+        lines.append(styled(source.rjust(width)))
     yield from lines
 
 

@@ -16,6 +16,7 @@ import re
 import secrets
 import shlex
 import shutil
+import stat
 import sys
 import warnings
 import zipfile
@@ -144,7 +145,8 @@ def write_tensors(
 def write_whole(path: StrPath, data: bytes) -> None:
     """Write a file, whole or not at all: to a temporary one beside it that then takes its place.
 
-    A symbolic link is followed, and the permissions of a file that was there are kept.
+    A symbolic link is followed, and the permissions of a file that was there are kept. A device or
+    a pipe takes the bytes as they come; nothing takes its place.
 
     Raises:
         FileFormatError: The file cannot be written; what was there is still there.
@@ -152,6 +154,9 @@ def write_whole(path: StrPath, data: bytes) -> None:
     target = Path(os.path.realpath(path))
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        if _is_stream(path):
+            _stream(path, data)
+            return
         with open(beside, "xb") as file:
             file.write(data)
             file.flush()
@@ -167,6 +172,28 @@ def write_whole(path: StrPath, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
+
+
+def _is_stream(path: StrPath) -> bool:
+    """Tell whether there is something that is no file, or the very file that stdout goes to."""
+    try:
+        there = os.stat(path)
+    except OSError:
+        return False
+    return not stat.S_ISREG(there.st_mode) or _is_stdout(there)
+
+
+def _stream(path: StrPath, data: bytes) -> None:
+    to_stdout = _is_stdout(os.stat(path))
+    with open(os.dup(1) if to_stdout else path, "wb") as stream:  # its place there is kept
+        stream.write(data)
+
+
+def _is_stdout(there: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(there, os.fstat(1))
+    except OSError:
+        return False  # a process without one
 
 
 def _sync_folder(folder: Path) -> None:
@@ -294,14 +321,21 @@ def _may_exist(name: str) -> bool:
 
 def _is_whole_model(path: Path) -> bool:
     """Tell whether what was saved is one `nn.Module`; its pickle is read as text, never run."""
+    try:
+        begin = _beginning(path)
+    except Exception:  # zipfile's, of which a damaged archive raises many
+        return False
+    return _MODULE.search(begin) is not None and b"_modules" in begin
+
+
+def _beginning(path: Path) -> bytes:
+    """Return the first bytes of a pickle, in an archive or alone."""
     with contextlib.ExitStack() as opened:
         if zipfile.is_zipfile(path):
             archive = opened.enter_context(zipfile.ZipFile(path))
             names = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
-            begin = opened.enter_context(archive.open(names[0])).read(_BEGIN) if names else b""
-        else:
-            begin = opened.enter_context(open(path, "rb")).read(_BEGIN)
-    return _MODULE.search(begin) is not None and b"_modules" in begin
+            return opened.enter_context(archive.open(names[0])).read(_BEGIN) if names else b""
+        return opened.enter_context(open(path, "rb")).read(_BEGIN)
 
 
 _BEGIN = 4096

@@ -114,6 +114,8 @@ class Request:
         """Say what is missing of what a rule needs: "needs batches"; nothing when it can run."""
         if self.file is not None and not {"state", "checkpoint"}.issuperset(needs):
             return _MISSING["tree"]
+        if self.file is not None and "state" in needs and not self.file.has_values:
+            return "no values: the tensors are on the meta device"
         given = {
             "state": True,
             "tree": True,

@@ -12,14 +12,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from stillnorm.diagnosis.files.skeleton import Stored, StoredNorm
+from stillnorm.diagnosis.files.skeleton import STATISTICS, Stored, StoredNorm, matching, unreadable
+from stillnorm.diagnosis.finding import listed
 from stillnorm.errors import FileFormatError
 from stillnorm.norms.layer import TENSORS
+from stillnorm.reports.numbers import count
 from stillnorm.state.files import CHECKPOINTS, read_checkpoint
 from stillnorm.state.keys import clean_keys
 from stillnorm.state.record import dotted
 
-STATISTICS = ("running_mean", "running_var")
 SUFFIXES = (*CHECKPOINTS, ".onnx", ".pt2")
 
 Target = str | os.PathLike[str] | Mapping[str, object] | Stored
@@ -65,7 +66,7 @@ def read_target(target: Target) -> Stored:
 
 def _checkpoint(name: str, state: Mapping[str, Tensor], note: str = "") -> Stored:
     norms = tuple(StoredNorm(prefix, tensors) for prefix, tensors in norms_in(state).items())
-    return Stored(name, "checkpoint", norms, state, note)
+    return Stored(name, "checkpoint", norms, state, "; ".join(filter(None, (note, _odd(state)))))
 
 
 def norms_in(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -77,20 +78,32 @@ def norms_in(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         >>> {prefix: list(tensors) for prefix, tensors in norms_in(state).items()}
         {'bn': ['weight', 'running_var']}
     """
-    lengths: dict[str, int] = {}
-    for key, tensor in state.items():
-        prefix, _, name = key.rpartition(".")
-        if name in STATISTICS and tensor.ndim == 1 and tensor.is_floating_point():
-            lengths.setdefault(prefix, len(tensor))
-    found = {}
-    for prefix, length in lengths.items():
-        own = {name: state[key] for name in TENSORS if (key := dotted(prefix, name)) in state}
-        found[prefix] = {
-            name: tensor
-            for name, tensor in own.items()
-            if tensor.shape == ((length,) if name != "num_batches_tracked" else ())
-        }
-    return found
+    found = {prefix: matching(own) for prefix, own in _candidates(state).items()}
+    return {
+        prefix: tensors
+        for prefix, tensors in found.items()
+        if not tensors.keys().isdisjoint(STATISTICS)
+    }
+
+
+def _candidates(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return what has the names of a norm layer's tensors, where one of them is a statistic."""
+    split = (key.rpartition(".") for key in state)
+    return {
+        prefix: {name: state[key] for name in TENSORS if (key := dotted(prefix, name)) in state}
+        for prefix in dict.fromkeys(prefix for prefix, _, name in split if name in STATISTICS)
+    }
+
+
+def _odd(state: Mapping[str, Tensor]) -> str:
+    """Say which tensors of norm layers are left out, and why; nothing where none is."""
+    odd = [
+        f"{dotted(prefix, name)} ({why})"
+        for prefix, own in _candidates(state).items()
+        for name, tensor in own.items()
+        if (why := unreadable(name, tensor))
+    ]
+    return f"{count(len(odd), 'tensor')} not read: {listed(odd)}" if odd else ""
 
 
 def _which(key: str, others: tuple[str, ...]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillnorm.diagnosis.files.skeleton import Stored, StoredNorm, merged
+from stillnorm.diagnosis.files.skeleton import Stored, StoredNorm, matching, merged
 from stillnorm.errors import FileFormatError
 from stillnorm.norms import NormalizesBy
 from stillnorm.state.files import must_be_file
@@ -165,7 +165,7 @@ def _norms(graph: _Graph, opset: int, within: str = "") -> Iterator[StoredNorm]:
             uses = "sample" if graph.is_one_sample(x) else "batch"
         yield StoredNorm(
             within + _path(node, names[2]),
-            {part: t for part, t in tensors.items() if t is not None and t.ndim == 1},
+            matching({part: t for part, t in tensors.items() if t is not None}),
             float(f"{settings['epsilon'].f:.6g}") if "epsilon" in settings else 1e-5,
             uses,
         )

@@ -10,7 +10,6 @@ import io
 import json
 import math
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillnorm.diagnosis.files.skeleton import Stored, StoredNorm, merged
+from stillnorm.diagnosis.files.skeleton import Stored, StoredNorm, matching, merged
 from stillnorm.errors import FileFormatError
 from stillnorm.norms import NormalizesBy
 from stillnorm.state.files import must_be_file, read_pickled
@@ -53,7 +52,9 @@ def read_pt2(path: Path) -> Stored:
     try:
         with zipfile.ZipFile(path) as archive:
             return Stored(path.name, "exported program", merged(_norms(archive, path)))
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+    except FileFormatError:
+        raise
+    except Exception as error:  # zipfile's, of which a damaged archive raises many
         raise FileFormatError(
             f"{path} is not a whole archive of torch.export.save",
             help="it may be damaged or cut short: copy or export it again",
@@ -115,7 +116,7 @@ def _norms_of(module: dict[str, Any], weights: _Weights) -> Iterator[StoredNorm]
                 continue  # instance norm, or weight standardisation
         yield StoredNorm(
             _path(keys["running_mean"], node),
-            {part: t for part, t in tensors.items() if t is not None and t.ndim == 1},
+            matching({part: t for part, t in tensors.items() if t is not None}),
             float(given.get("eps", {}).get("as_float", math.nan)),
             uses,
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,6 +16,11 @@ from stillnorm.norms.layer import TENSORS
 from stillnorm.state.record import dotted
 
 Kind = Literal["checkpoint", "ONNX graph", "exported program"]
+
+STATISTICS = ("running_mean", "running_var")
+_COUNTER = "num_batches_tracked"
+_MOST_CHANNELS = 1 << 24  # an expanded tensor can have any number, and no file is large for it
+_DEEPEST = 100  # components of a path; modules are walked by recursion
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +59,12 @@ class Stored:
     note: str = ""
 
     @property
+    def has_values(self) -> bool:
+        """Whether any tensor of the norm layers has values: those on the meta device have none."""
+        tensors = [tensor for norm in self.norms for tensor in norm.tensors.values()]
+        return not tensors or not all(tensor.is_meta for tensor in tensors)
+
+    @property
     def title(self) -> str:
         """What the head of a report says of it."""
         return f"{self.kind} ({self.note})" if self.note else self.kind
@@ -74,12 +86,18 @@ class Stored:
         root = norms.get("", nn.Module())
         # A lone first component "module" would be taken for a wrapper: all others count too.
         first = (key.partition(".")[0] for key in self.state if "." in key)
-        for path in (*first, *filter(None, norms)):
+        for path in filter(None, (*first, *norms)):
             parent, here = root, ""
-            for part in path.split("."):
+            for part in _parts(path):
                 here = dotted(here, part)
                 parent = _child(parent, part, norms.get(here))
         return root
+
+
+def _parts(path: str) -> list[str]:
+    """Split a path; one that no tree of modules can have is a single name."""
+    parts = path.split(".")
+    return parts if all(parts) and len(parts) <= _DEEPEST else [path]
 
 
 def _child(parent: nn.Module, name: str, new: nn.Module | None) -> nn.Module:
@@ -87,6 +105,39 @@ def _child(parent: nn.Module, name: str, new: nn.Module | None) -> nn.Module:
     child = parent._modules.get(name) or new or nn.Module()
     parent._modules[name] = child
     return child
+
+
+def unreadable(name: str, tensor: Tensor) -> str:
+    """Say why a tensor cannot be one of a norm layer's; nothing where it can.
+
+    Args:
+        name: Which of the layer's tensors it would be.
+        tensor: The tensor, which is not copied: it can be larger than the memory.
+    """
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout is not torch.strided:
+        return "sparse"
+    if tensor.numel() > _MOST_CHANNELS:
+        return f"{tensor.numel()} values"
+    is_small_float = tensor.is_floating_point() and tensor.itemsize == 1
+    is_number = tensor.is_floating_point() or name not in STATISTICS
+    if tensor.is_complex() or tensor.is_quantized or is_small_float or not is_number:
+        return str(tensor.dtype).removeprefix("torch.")
+    is_count = name == _COUNTER and tensor.ndim == 0 and not tensor.is_meta
+    return str(tensor.item()) if is_count and not tensor.isfinite() else ""
+
+
+def matching(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that can be read and are of one layer: as long as its statistics."""
+    readable = {name: t for name, t in tensors.items() if not unreadable(name, t)}
+    ordered = (readable[name] for name in (*STATISTICS, *TENSORS) if name in readable)
+    shape = next((tensor.shape for tensor in ordered if tensor.ndim == 1), None)
+    return {
+        name: tensor
+        for name, tensor in readable.items()
+        if tensor.shape == (() if name == _COUNTER else shape)
+    }
 
 
 def merged(norms: Iterable[StoredNorm]) -> tuple[StoredNorm, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stillnorm.diagnosis.evidence import CannotTell, Evidence
-from stillnorm.diagnosis.files.checkpoint import STATISTICS
+from stillnorm.diagnosis.files.skeleton import STATISTICS
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.rule import Rule
 from stillnorm.norms.layer import TENSORS
@@ -160,7 +160,7 @@ def _layers(state: Mapping[str, Tensor]) -> dict[str, _Layer]:
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, tensor in state.items():
         prefix, _, name = key.rpartition(".")
-        found.setdefault(prefix, {})[name] = tuple(tensor.shape)
+        found.setdefault(prefix, {})[name] = () if tensor.is_nested else tuple(tensor.shape)
     return {prefix: _Layer(shapes) for prefix, shapes in found.items()}
 
 

@@ -171,7 +171,7 @@ def _parts(name: str, layer: Any) -> Iterator[KerasPart]:
     elif isinstance(layer, layers.Dense):
         shape = flattened(layer)
         into = _kernel(layer.kernel) if shape is None else _after_flatten(layer.kernel, shape)
-        geometry = Geometry("dense", tuple(layer.kernel.shape[::-1]), layer.bias is not None)
+        geometry = Geometry("dense layer", tuple(layer.kernel.shape[::-1]), layer.bias is not None)
         yield KerasPart(name, layer, geometry, {"weight": into, **_bias(layer.bias)})
     elif isinstance(layer, _DEPTHWISE):
         yield _depthwise(name, layer, layer.kernel, layer.bias)

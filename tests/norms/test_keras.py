@@ -1,0 +1,270 @@
+"""Keras models on the torch backend: seen, checked, and what cannot be done to them is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import pytest
+import torch
+from keras import layers
+from torch import nn
+
+import stillnorm as sn
+from stillnorm.errors import RefusedError, StateError, VerifyError
+from stillnorm.norms import find_norms
+from stillnorm.porting.keras.parts import as_torch
+
+
+def images(n: int = 16, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(n, 8, 8, 3, generator=g) + 1
+
+
+BATCHES = [images(seed=seed) for seed in range(4)]
+
+
+def make(axis: int = -1, **settings: Any) -> Any:
+    """A functional model with a model inside it, and norms "bn", "block.bn" and "head"."""
+    keras.utils.set_random_seed(0)
+    order = "channels_last" if axis == -1 else "channels_first"
+    inner = (6, 6, 4) if axis == -1 else (4, 6, 6)
+    block = keras.Sequential(
+        [
+            layers.Input(inner),
+            layers.Conv2D(5, 3, data_format=order),
+            layers.BatchNormalization(axis, name="bn", **settings),
+        ],
+        name="block",
+    )
+    given = keras.Input((8, 8, 3) if axis == -1 else (3, 8, 8))
+    x = layers.Conv2D(4, 3, data_format=order)(given)
+    x = layers.BatchNormalization(axis, name="bn", **settings)(x)
+    x = block(layers.ReLU()(x))
+    x = layers.GlobalAveragePooling2D(data_format=order)(x)
+    x = layers.BatchNormalization(name="head", **settings)(layers.Dense(6)(x))
+    return keras.Model(given, layers.Dense(2)(x))
+
+
+def trained(axis: int = -1) -> Any:
+    model = make(axis, momentum=0.9)
+    with torch.no_grad():
+        for x in BATCHES * 20:
+            model(x if axis == -1 else x.movedim(-1, 1), training=True)
+    return model
+
+
+def state(model: Any) -> list[torch.Tensor]:
+    return [as_torch(variable.value) for variable in model.variables]
+
+
+def unchanged(model: Any, before: list[torch.Tensor]) -> bool:
+    plain = not any("call" in layer.__dict__ for layer in model._flatten_layers())
+    return plain and all(map(torch.equal, state(model), before))
+
+
+# ------------------------------------------------------------------------------- seeing
+
+
+def test_rows_of_inspect() -> None:
+    model = make(momentum=0.9, epsilon=1e-4)
+    model.get_layer("block").trainable = False
+    rows = {row.path: row for row in sn.inspect(model).layers}
+    assert list(rows) == ["bn", "block.bn", "head"]
+    bn, frozen = rows["bn"], rows["block.bn"]
+    assert (bn.kind, bn.num_features, bn.eps, bn.momentum) == ("BatchNormalization", 4, 1e-4, 0.1)
+    assert (bn.normalizes_by_in_train, bn.normalizes_by_in_eval) == ("batch", "running")
+    assert (bn.updates_statistics, bn.trains_affine, bn.held) == (True, True, None)
+    assert (frozen.normalizes_by_in_train, frozen.updates_statistics) == ("running", False)
+    assert (frozen.trains_affine, frozen.held) == (False, "trainable=False")
+    assert "train() is a call with training=True" in str(sn.inspect(model))
+
+
+def test_what_is_used_is_what_the_call_says() -> None:
+    model = trained()
+    used = [row.used for row in sn.inspect(model, BATCHES[0]).layers]
+    assert used == [("running",)] * 3  # though every module's flag says training
+    assert model.training
+
+
+def test_subclassed_models_and_layers_without_center_or_scale() -> None:
+    class Net(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = [layers.Dense(4), layers.BatchNormalization(center=False, name="a")]
+            self.norm = layers.BatchNormalization(scale=False, name="b")
+
+        def call(self, x: Any, training: bool | None = None) -> Any:
+            for block in self.blocks:
+                x = block(x)
+            return self.norm(x)
+
+    model = Net()
+    assert all(norm.is_lazy for norm in find_norms(model))
+    model(torch.randn(3, 5))
+    a, b = sorted(find_norms(model), key=lambda norm: norm.path)
+    assert (a.path, a.weight is None, a.bias is None) == ("a", False, True)
+    assert (b.path, b.weight is None, b.bias is None) == ("b", True, False)
+
+
+def test_a_keras_model_inside_a_torch_model() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3), make(axis=1))
+    assert [norm.path for norm in find_norms(net)] == ["0", "1.bn", "1.block.bn", "1.head"]
+
+
+# ------------------------------------------------------------------------------- checking
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_a_healthy_model_has_no_findings_and_is_left_as_it_was(axis: int) -> None:
+    model = trained(axis)
+    before = state(model)
+    batches = [x if axis == -1 else x.movedim(-1, 1) for x in BATCHES]
+    report = sn.check(
+        model, [(x, x) for x in batches], score=lambda y, _: -float(y.square().mean())
+    )
+    assert not report.findings, report
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_statistics_that_are_not_those_of_the_data(axis: int) -> None:
+    model = trained(axis)
+    norm = model.get_layer("bn")
+    norm.moving_mean.assign(norm.moving_mean.value + 4)
+    batches = [x if axis == -1 else x.movedim(-1, 1) for x in BATCHES]
+    before = state(model)
+    (finding,) = (f for f in sn.check(model, batches).findings if f.code == "SN105")
+    assert finding.paths[0] == "bn"
+    assert unchanged(model, before)
+
+
+def test_train_mode_is_run_as_fit_runs_it() -> None:
+    """The score by batch statistics is that of a call with training=True."""
+    model = trained()
+    norm = model.get_layer("head")
+    norm.moving_mean.assign(norm.moving_mean.value + 4)
+    seen: list[float] = []
+
+    def score(y: torch.Tensor, batch: Any) -> float:
+        seen.append(float(y.double().sum()))
+        return seen[-1]
+
+    sn.check(model, [(BATCHES[0], 0)], score=score)
+    with sn.preserved(model), torch.no_grad():
+        expected = [float(model(BATCHES[0], training=t).double().sum()) for t in (False, True)]
+    assert any(value == pytest.approx(expected[0], rel=1e-4) for value in seen)
+    assert any(value == pytest.approx(expected[1], rel=1e-4) for value in seen)
+    assert expected[0] != pytest.approx(expected[1], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("code", "break_it"),
+    [
+        ("SN004", lambda norm: setattr(norm, "trainable", False)),
+        ("SN102", lambda norm: norm.moving_mean.assign(norm.moving_mean.value * float("nan"))),
+        ("SN103", lambda norm: norm.moving_variance.assign(-norm.moving_variance.value)),
+        ("SN108", lambda norm: setattr(norm, "momentum", 0.01)),
+    ],
+)
+def test_rules_on_the_state(code: str, break_it: Any) -> None:
+    model = make()
+    if code != "SN004":
+        model = trained()
+    break_it(model.get_layer("head"))
+    findings = {finding.code: finding for finding in sn.check(model).findings}
+    assert findings[code].paths == ("head",)
+
+
+def test_a_layer_called_twice() -> None:
+    given, norm = keras.Input((8, 8, 3)), layers.BatchNormalization(name="shared", momentum=0.9)
+    x = norm(layers.Conv2D(4, 3)(given))
+    x = norm(layers.Conv2D(4, 3, kernel_initializer="ones")(x))
+    model = keras.Model(given, layers.GlobalAveragePooling2D()(x))
+    with torch.no_grad():
+        for x in BATCHES * 20:
+            model(x, training=True)
+    assert "SN201" in {finding.code for finding in sn.check(model, BATCHES).findings}
+    assert "is a layer of Keras" in sn.split_shared(model, BATCHES).refused[0][1]
+
+
+# ------------------------------------------------------------------------------- freezing
+
+
+def test_freeze_says_how_it_is_done_in_keras_and_knows_what_is() -> None:
+    model = trained()
+    report = sn.freeze(model)
+    assert report.frozen == ()
+    reasons = dict(report.refused)
+    line = "model.get_layer('block').get_layer('bn').trainable = False, and compile() again"
+    assert reasons["block.bn"].endswith(line)
+    assert not sn.is_frozen(model)
+    with pytest.raises(RefusedError, match="bn cannot be frozen"):
+        sn.freeze(model, strict=True)
+    # The line does it: through train(), fit, and a call with training=True.
+    model.get_layer("block").get_layer("bn").trainable = False
+    assert sn.freeze(model).already_frozen == ("block.bn",)
+    assert sn.is_frozen(model, "block")
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    snapshot = sn.snapshot(model)
+    model.train()
+    model.fit(images(32), torch.randn(32, 2), epochs=2, verbose=0)
+    model(images(), training=True)
+    changed = {change.path for change in snapshot.diff(model).changes}
+    assert changed == {"bn", "head"}
+    snapshot.verify(model, "block")
+    with pytest.raises(VerifyError):
+        snapshot.verify(model)
+    assert sn.unfreeze(model).unfrozen == ()
+
+
+# ------------------------------------------------------------------------------- state
+
+
+def test_snapshot_restore_no_updates_and_preserved() -> None:
+    model = trained()
+    before, snapshot = state(model), sn.snapshot(model)
+    model(images(), training=True)
+    assert snapshot.diff(model)
+    snapshot.restore(model)
+    assert not snapshot.diff(model)
+    for context in (sn.no_updates, sn.preserved, sn.eval_mode):
+        with context(model):
+            model(images(), training=context is not sn.eval_mode)
+        assert all(map(torch.equal, state(model), before)), context
+    model.get_layer("bn").momentum = 0.5
+    with pytest.raises(StateError, match="Keras does not let go of momentum"):
+        snapshot.restore(model)
+
+
+# ------------------------------------------------------------------------------- the rest
+
+
+def test_operations_of_torchs_kind_refuse() -> None:
+    model = trained()
+    before = state(model)
+    reason = "is a layer of Keras"
+    assert all(reason in why for _, why in sn.recalibrate(model, BATCHES).refused)
+    assert [path for path, why in sn.replace(model, "group").refused if reason in why] == [
+        "bn",
+        "block.bn",
+        "head",
+    ]
+    assert sn.fold(model, BATCHES[0]).folded == ()
+    assert sn.track_statistics(model, BATCHES).tracked == ()
+    model.get_layer("bn").momentum = 0.01
+    with pytest.raises(StateError, match="bn is a layer of Keras"):
+        sn.check(model).fix(unsafe=True)
+    assert model.get_layer("bn").momentum == 0.01
+    assert unchanged(model, before)
+
+
+def test_repairs_of_values_work() -> None:
+    model = trained()
+    norm = model.get_layer("bn")
+    var = as_torch(norm.moving_variance.value)
+    norm.moving_variance.assign(var.sqrt())
+    report = sn.repair.convert_variance(model, "deviation", "bn")
+    torch.testing.assert_close(as_torch(norm.moving_variance.value), var)
+    report.undo()
+    assert torch.equal(as_torch(norm.moving_variance.value), var.sqrt())
