@@ -330,3 +330,58 @@ def test_annotations_are_relative_to_the_workspace(run, project, monkeypatch):
 
 def test_a_clean_model_has_no_annotations(run):
     assert run("check", "net.py:healthy", "--format", "github").stdout == ""
+
+
+def test_a_fault_that_the_configuration_hides_too_is_not_gone(run, project):
+    run("check", "net.py:zero_momentum", "--write-baseline", "known.json")
+    (project / "pyproject.toml").write_text('[tool.stillnorm.per-path-ignores]\n"*" = ["SN002"]\n')
+    result = run("check", "net.py:zero_momentum", "--baseline", "known.json")
+    assert (result.exit_code, "gone" in result.stderr) == (0, False)
+
+
+# ------------------------------------------------------------------- what stays as it was
+
+
+def test_what_the_model_prints_is_never_in_the_report(run, project):
+    (project / "loud.py").write_text(
+        "import net\n"
+        "class Loud(net.Net):\n"
+        "    def forward(self, x):\n"
+        "        print('forward')\n"
+        "        return super().forward(x)\n"
+        "    def state_dict(self, *args, **kwargs):\n"
+        "        print('state')\n"
+        "        return super().state_dict(*args, **kwargs)\n"
+    )
+    page = ("--output", "a.html", "--format", "json")
+    result = run("check", "loud.py:Loud", "--data", "net.py:val", *page)
+    assert json.loads(result.stdout)["model"] == "Loud"
+    assert {"forward", "state"} <= set(result.stderr.splitlines())
+    assert "<html" in (project / "a.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("net.py:healthy",),
+        ("torch.nn:Flatten", "--data", "net.py:val"),
+        ("net.py:healthy", "--baseline", "net.py"),
+        ("net.py:healthy", "--write-baseline", "page.html"),
+        ("net.py:healthy", "--fix", "--out", "new.safetensors"),
+    ],
+)
+def test_the_report_takes_the_place_of_nothing_that_was_named(run, project, other):
+    before = (project / "net.py").read_bytes()
+    target = "new.safetensors" if "--out" in other else "net.py"
+    (project / "page.html").symlink_to(project / target)
+    result = run("check", *other, "--output", "page.html")
+    assert result.exit_code == 2
+    assert "a report must not take its place" in result.stderr
+    assert (project / "net.py").read_bytes() == before
+
+
+def test_any_number_of_batches_can_be_asked_for(run, project):
+    (project / "stream.py").write_text("import net\ndef batches():\n    yield from net.val()\n")
+    more = ("--max-batches", str(10**30))
+    assert run("check", "net.py:healthy", "--data", "stream.py:batches", *more).exit_code == 0
+    assert run("check", "net.py:healthy", "--data", "net.py:val", *more).exit_code == 0

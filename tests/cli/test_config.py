@@ -175,3 +175,9 @@ def test_other_commands_do_not_read_it(run, configure):
     configure("selct = 'SN1'")
     assert run("inspect", "net.py:healthy").exit_code == 0
     assert run("check", "--help").exit_code == 0
+
+
+def test_a_file_that_is_nested_without_end(write, tmp_path):
+    write("a = " + "[" * 100_000)
+    with pytest.raises(ConfigError, match="is not TOML"):
+        read(None, tmp_path)

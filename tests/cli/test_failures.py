@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
 import stillnorm
+from diagnosis.graphs import graph, norm, save, tensors
 from stillnorm.cli import check as check_command
 from stillnorm.cli.failures import describe, is_the_users
 
@@ -97,3 +99,54 @@ def test_an_interrupt_is_130(run):
     result = run("inspect", "net.py:interrupted")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("exits.py:net", "--data", "net.py:val"),
+        ("net.py:healthy", "--data", "exits.py:batches"),
+        ("net.py:healthy", "--data", "net.py:val", "--score", "exits.py:score"),
+        ("net.py:healthy", "--data", "net.py:val", "--train-step", "exits.py:step"),
+    ],
+)
+def test_code_that_exits_is_not_a_clean_model(fails, project, options):
+    (project / "exits.py").write_text(
+        "import sys\n"
+        "import torch\n"
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def forward(self, x):\n"
+        "        sys.exit(0)\n"
+        "net = Net(nn.BatchNorm2d(3))\n"
+        "def batches():\n"
+        "    yield torch.randn(4, 3, 8, 8)\n"
+        "    sys.exit(0)\n"
+        "def score(output, batch):\n"
+        "    sys.exit(0)\n"
+        "def step(model, batch):\n"
+        "    sys.exit(0)\n"
+    )
+    fact, _ = fails("check", *options)
+    assert fact.startswith("your code ended the program: SystemExit: 0 (exits.py:")
+
+
+def test_help_and_version_still_end_with_0(run):
+    assert run("--version").exit_code == run("check", "--help").exit_code == 0
+
+
+def test_the_help_for_a_damaged_graph_is_ours(fails, project):
+    (project / "a.onnx").write_bytes(b"\x80\x02junk" * 50)
+    assert "export it again" in fails("check", "a.onnx")[1]
+    save(project / "b.onnx", graph([norm("bn")], tensors("bn")))
+    model = onnx.load(project / "b.onnx")
+    onnx.save(model, project / "b.onnx", save_as_external_data=True, size_threshold=0, location="d")
+    (project / "d").unlink()
+    assert "keep it beside the .onnx" in fails("check", "b.onnx")[1]
+
+
+def test_no_name_reaches_the_terminal_as_a_command(run, project):
+    result = run("check", "a\n::error::x\x1b[31m.pt")
+    assert result.exit_code == 2
+    assert not any(line.startswith("::") for line in result.stderr.splitlines())
+    assert "\x1b[31m.pt" not in result.stderr

@@ -113,3 +113,9 @@ def test_a_file_that_is_none(tmp_path: Path, content: str | bytes | None, fact: 
     with pytest.raises(FileFormatError, match=fact) as error:
         Baseline.read(file)
     assert f"--write-baseline {file} makes one" in error.value.help
+
+
+def test_a_file_that_is_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 200_000)
+    with pytest.raises(FileFormatError, match="is not JSON"):
+        Baseline.read(tmp_path / "a.json")

@@ -208,3 +208,19 @@ def test_a_table_keeps_every_number_and_fits(table, width):
             assert all(plain(cell) in written for cell in column)
     if len(columns) == 1 or all(narrowest[0] + table.gap + n <= width for n in narrowest[1:]):
         assert all(len(line) <= width for line in written.splitlines())
+
+
+@pytest.mark.parametrize("color", [False, True])
+def test_control_characters_are_written_out(color):
+    evil = "a\n::error::b\x1b[2J\x9b\r\x00"
+    table = Table(("", evil), ((evil, evil),), "ll")
+    blocks = (
+        Line(evil),
+        table,
+        Quote(evil, evil),
+        Diagnostic("error", "SN1", evil, evil, (evil,), table, (("help", evil),)),
+    )
+    written = ANSI.sub("", text.write(Document(evil, blocks), width=400, color=color))
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", written)
+    assert not any(line.lstrip().startswith("::") for line in written.splitlines())
+    assert r"a\n::error::b\x1b[2J\x9b\r\x00" in written

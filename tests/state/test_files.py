@@ -10,6 +10,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -402,3 +403,47 @@ def test_places_that_cannot_be_written(tmp_path: Path, name: str) -> None:
     with pytest.raises(FileFormatError, match="cannot be written"):
         files.write_whole(tmp_path / name, b"x")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes and devices of Unix")
+def test_nothing_takes_the_place_of_a_pipe_or_a_device(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_whole(pipe, b"x")
+    assert os.read(reader, 9) == b"x"
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    (tmp_path / "null").symlink_to(os.devnull)
+    files.write_whole(tmp_path / "null", b"x")
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["null", "pipe"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="needs /dev/stdout")
+@pytest.mark.parametrize("piped", [True, False])
+def test_stdout_is_written_to_where_it_goes(tmp_path: Path, piped: bool) -> None:
+    code = (
+        "from stillnorm.state.files import write_whole; print('a', flush=True); "
+        "write_whole('/dev/stdout', b'b'); print('c')"
+    )
+    with open(tmp_path / "out", "wb") as out:
+        to = subprocess.PIPE if piped else out
+        ran = subprocess.run([sys.executable, "-c", code], stdout=to, check=True)
+    assert (ran.stdout if piped else (tmp_path / "out").read_bytes()) == b"a\nbc\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [zipfile.BadZipFile("x"), UnicodeDecodeError("utf-8", b"", 0, 1, "x"), NotImplementedError()],
+)
+def test_a_model_whose_archive_is_damaged_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    torch.save(layers.conv_net(), tmp_path / "a.pt")
+    assert "pickled model" in refusal(tmp_path / "a.pt").fact
+
+    def fail(*args: object) -> bytes:
+        raise error
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", fail)
+    assert "holds more than tensors" in refusal(tmp_path / "a.pt").fact

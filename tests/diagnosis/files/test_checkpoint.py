@@ -167,3 +167,49 @@ class TestInspect:
     def test_a_state_without_norms(self) -> None:
         printed = str(sn.inspect(nn.Linear(2, 2).state_dict()))
         assert printed.startswith("state dict: checkpoint, no norm layers\n")
+
+
+class TestHostile:
+    """Keys and tensors that no model has and a file can have."""
+
+    @pytest.mark.parametrize(
+        ("name", "tensor", "why"),
+        [
+            ("num_batches_tracked", torch.tensor(torch.nan), "nan"),
+            ("num_batches_tracked", torch.tensor(torch.inf), "inf"),
+            ("num_batches_tracked", torch.tensor(1j), "complex64"),
+            ("running_mean", torch.zeros(3).to_sparse(), "sparse"),
+            ("running_mean", torch.zeros(3).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+            ("running_mean", torch.zeros(1).expand(10**13), "10000000000000 values"),
+            ("weight", torch.ones(3, dtype=torch.complex64), "complex64"),
+            ("weight", torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged), "nested"),
+        ],
+    )
+    def test_a_tensor_that_is_no_norms_is_left_out_and_named(
+        self, name: str, tensor: Tensor, why: str
+    ) -> None:
+        state = {f"bn.{key}": t for key, t in nn.BatchNorm2d(3).state_dict().items()}
+        state[f"bn.{name}"] = tensor
+        report = sn.check(state, select="ALL")
+        assert not report.crashed, report.crashed
+        assert report.file == f"checkpoint (1 tensor not read: bn.{name} ({why}))"
+        (row,) = sn.inspect(state).layers
+        assert row.num_features == 3
+
+    @pytest.mark.parametrize("path", [".", "..a", "a.." * 2, "a." * 3000 + "bn"])
+    def test_a_path_of_no_tree_is_a_name(self, path: str) -> None:
+        state = {f"{path}.{key}": t for key, t in nn.BatchNorm2d(3).state_dict().items()}
+        assert [row.path for row in sn.inspect(state).layers] == [path]
+        assert not sn.check(state, select="ALL").crashed
+
+    def test_a_norm_beside_an_empty_component(self) -> None:
+        state = dict(nn.BatchNorm2d(3).state_dict())
+        (row,) = sn.inspect(state | {".running_var": torch.ones(3)}).layers
+        assert row.path == ""
+
+    def test_rules_about_values_do_not_run_where_there_are_none(self) -> None:
+        state = {key: t.to("meta") for key, t in conv_net().state_dict().items()}
+        report = sn.check(state)
+        unread = [missed.code for missed in report.not_run if missed.reason.startswith("no values")]
+        assert {"SN102", "SN103", "SN112"} <= set(unread)
+        assert "SN601" in report.ran  # it reads the keys

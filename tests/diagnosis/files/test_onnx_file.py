@@ -258,3 +258,12 @@ def test_a_graph_without_norms(tmp_path: Path) -> None:
     report = sn.check(save(tmp_path / "a.onnx", body))
     assert report.findings == ()
     assert nn.Module is type(read_target(tmp_path / "a.onnx").tree())
+
+
+def test_tensors_of_another_length_are_no_tensors_of_the_layer(tmp_path: Path) -> None:
+    *others, _ = tensors("bn")
+    longer = numpy_helper.from_array(np.full(7, np.nan, np.float32), "bn.running_var")
+    report = sn.check(save(tmp_path / "a.onnx", graph([norm("bn")], [*others, longer])))
+    assert not report.crashed
+    (stored,) = read_target(tmp_path / "a.onnx").norms
+    assert list(stored.tensors) == ["weight", "bias", "running_mean"]

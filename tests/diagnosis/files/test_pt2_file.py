@@ -233,3 +233,15 @@ def test_the_rules_on_state_run(folder: Path, tmp_path: Path) -> None:
     report = sn.check(path, select="SN102")
     assert [(f.paths, f.evidence["first_channel"]) for f in report.findings] == [(("bn",), 2)]
     assert str(report).startswith("a.pt2: exported program, ")
+
+
+@pytest.mark.parametrize("error", [ValueError(), UnicodeDecodeError("utf-8", b"", 0, 1, "x")])
+def test_whatever_zipfile_says_of_a_damaged_archive(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(zipfile.ZipFile, "_RealGetContents", fail)
+    with pytest.raises(FileFormatError, match="not a whole archive"):
+        read_target(folder / "eval.pt2")
