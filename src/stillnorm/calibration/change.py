@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stillnorm.calibration.moments import Moments
-from stillnorm.calibration.pool import Pool
+from stillnorm.calibration.pool import Pool, statistics_of
 from stillnorm.calibration.report import Recalibrated, mean_moved, var_ratio
 from stillnorm.errors import CalibrationError
 from stillnorm.norms import NormLayer
@@ -40,7 +40,7 @@ class Change:
             CalibrationError: The statistics do not fit the dtype of the buffers.
         """
         layer = pool.layer
-        new = {"running_mean": moments.mean, "running_var": moments.variance()}
+        new = statistics_of(layer, moments)
         tracked = layer.num_batches_tracked
         if layer.family == "batch" and tracked is not None:
             # torch's instance norm never counts.

@@ -93,7 +93,7 @@ class Pools:
         self.calls = [0] * len(layers)
         self.counted = [_tracked(layer) for layer in layers]
         self.repeats = [0] * len(layers)
-        self._sizes = [layer.module.get_buffer("running_mean").numel() for layer in layers]
+        self._sizes = [layer.tensors()["running_mean"].numel() for layer in layers]
         between = [float(layer.family != "instance") for layer in layers]
         self._between = torch.tensor(between, dtype=torch.float64).repeat_interleave(
             torch.tensor(self._sizes, dtype=torch.long)
@@ -185,6 +185,13 @@ class Pools:
         made._moments = Moments(n, mean, m, made._between)
         made._spread = Spread(origin, batches, torch.stack(sums))
         return made
+
+
+def statistics_of(layer: NormLayer, moments: Moments) -> dict[str, Tensor]:
+    """Return moments as the layer keeps them, by name: Keras keeps the biased variance."""
+    is_keras = layer.family == "keras"
+    var = moments.biased_variance() if is_keras else moments.variance()
+    return {"running_mean": moments.mean, "running_var": var}
 
 
 def _tracked(layer: NormLayer) -> int:

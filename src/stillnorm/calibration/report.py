@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stillnorm.calibration.commit import write_all
 from stillnorm.errors import StateError
+from stillnorm.norms.adapters import adapter_of
 from stillnorm.reports import (
     Bar,
     Bars,
@@ -134,9 +135,10 @@ class RecalibrationReport:
         """
         changes = []
         for module, tensors in self._before.items():
+            adapter = adapter_of(module)
             for name, value in tensors.items():
-                tensor = getattr(module, name, None)
-                if not isinstance(tensor, Tensor) or tensor.shape != value.shape:
+                tensor = None if adapter is None else adapter.tensor(module, name)
+                if tensor is None or tensor.shape != value.shape:
                     raise StateError(
                         f"a {type(module).__name__} no longer has the {name} that was recalibrated",
                         help="undo before changing the model further",

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from stillnorm.calibration.data import Data
-from stillnorm.calibration.pool import Pool, Pools
+from stillnorm.calibration.pool import Pool, Pools, statistics_of
 from stillnorm.calibration.pooled import Pass, pack, packed_length, unpack
 from stillnorm.calibration.progress import Progress
 from stillnorm.calibration.ranks import Ranks
@@ -350,9 +350,9 @@ class _Stages:
 def _give(pool: Pool) -> None:
     """Let the layer normalise by what it has received."""
     if (moments := pool.estimate()) is not None:
-        layer = pool.layer.module
-        write(layer.get_buffer("running_mean"), moments.mean)
-        write(layer.get_buffer("running_var"), moments.variance())
+        tensors = pool.layer.tensors()
+        for name, value in statistics_of(pool.layer, moments).items():
+            write(tensors[name], value)
 
 
 def _distance(one: Pool, other: Pool) -> float:

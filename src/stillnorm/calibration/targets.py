@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from stillnorm.norms import Layers, NormLayer, find_norms, probe_modes, select
-from stillnorm.norms.adapters.keras import FOREIGN
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +40,6 @@ def find_targets(model: nn.Module, layers: Layers) -> Targets:
 
 
 def _refusal(layer: NormLayer) -> str | None:
-    if layer.family == "keras":
-        return FOREIGN
     if layer.is_scripted:
         return "is TorchScript's: what it receives cannot be seen; recalibrate before scripting"
     if layer.is_lazy:
@@ -63,7 +60,7 @@ def _sharing_statistics(model: nn.Module) -> dict[nn.Module, str]:
     owners: dict[int, list[NormLayer]] = {}
     for layer in find_norms(model):
         if _refusal(layer) is None:
-            owners.setdefault(layer.module.get_buffer("running_mean").data_ptr(), []).append(layer)
+            owners.setdefault(layer.tensors()["running_mean"].data_ptr(), []).append(layer)
     return {
         layer.module: "shares its running statistics with "
         + ", ".join(other.path for other in sharing if other is not layer)

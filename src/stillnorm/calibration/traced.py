@@ -7,6 +7,7 @@ from functools import reduce
 from torch import Tensor, nn
 
 from stillnorm.calibration.moments import Moments, average, pool
+from stillnorm.calibration.pool import statistics_of
 from stillnorm.calibration.targets import find_targets
 from stillnorm.norms import NormLayer
 from stillnorm.tracing import Call, Trace
@@ -31,13 +32,11 @@ def traced_statistics(model: nn.Module, seen: Trace) -> dict[NormLayer, tuple[Te
         moments = _pooled(layer, calls.get(layer.path, []))
         if moments is None or not moments.has_variance:
             continue
-        mean, var = layer.running_mean, layer.running_var
-        if mean is None or var is None:
-            continue
-        after = moments.mean.to(mean), moments.variance().to(var)
-        if not all(tensor.isfinite().all() for tensor in after):
+        tensors, new = layer.tensors(), statistics_of(layer, moments)
+        mean, var = (new[name].to(tensors[name]) for name in ("running_mean", "running_var"))
+        if not all(tensor.isfinite().all() for tensor in (mean, var)):
             return {}
-        found[layer] = after
+        found[layer] = mean, var
     return found
 
 

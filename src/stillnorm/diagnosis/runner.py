@@ -20,6 +20,7 @@ from stillnorm.diagnosis.evidence.request import Predict, Request, Score, TrainS
 from stillnorm.diagnosis.evidence.runs import run_flows
 from stillnorm.diagnosis.files.checkpoint import Target, opened
 from stillnorm.diagnosis.finding import SEVERITIES, Finding
+from stillnorm.diagnosis.fixing.fixes import can_be_done
 from stillnorm.diagnosis.fixing.trials import tried
 from stillnorm.diagnosis.gap import explain_gap
 from stillnorm.diagnosis.report import Crash, Data, Layer, NotRun, Report
@@ -181,9 +182,10 @@ def _run(rules: Iterable[type[Rule]], evidence: Evidence) -> _Outcome:
 
 def _told(finding: Finding, evidence: Evidence) -> Finding:
     """Return the finding with what only all rules together tell; of a file nothing is fixed."""
+    fix = None if evidence.request.file is not None else finding.fix
     return replace(
         finding,
-        fix=finding.fix if evidence.request.file is None else None,
+        fix=fix if fix is not None and can_be_done(fix, evidence.layers) else None,
         explains=evidence.causes.told_by(finding.code),
         sites=evidence.sites(finding.where, finding.paths),
     )

@@ -128,6 +128,8 @@ def _is_boundary(module: nn.Module) -> bool:
 
 def _why_not_norm(norm: NormLayer, links: Links) -> str | None:
     """Return the reason that lies in the norm and its inputs, or None."""
+    if norm.family == "keras":
+        return "is a layer of Keras, whose convolutions do not fold"
     sources = links.sources.get(norm.module)
     if not sources:
         return "the example does not reach it"

@@ -10,6 +10,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
 from stillnorm.norms import NormLayer
+from stillnorm.norms.adapters.keras import FOREIGN
 
 # Forwards that normalise and do nothing else.
 _ONLY_NORMALISE = (_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forward)
@@ -18,6 +19,8 @@ _ONLY_NORMALISE = (_BatchNorm.forward, SyncBatchNorm.forward, _InstanceNorm.forw
 def why_not_replace(norm: NormLayer) -> str | None:
     """Return the reason why plain torch has nothing to put in the layer's place, or None."""
     module = norm.module
+    if norm.family == "keras":
+        return FOREIGN
     if norm.normalizes_by(training=False) != "running":
         return f"in eval it normalises by the {norm.normalizes_by(training=False)}"
     if parametrize.is_parametrized(module) or "forward" in vars(module):

@@ -243,8 +243,6 @@ def _stays_frozen(norm: NormLayer) -> bool:
 def _is_held_so(norm: NormLayer, affine: Affine) -> bool:
     if norm.family == "frozen":
         return affine == "frozen"
-    if norm.family == "keras":
-        return affine == "frozen" and norm.normalizes_by(training=True) == "running"
     return norm.hold is not None and norm.hold.affine == affine
 
 

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
+from stillnorm.holding import keras
 from stillnorm.holding.folding import is_folding, part
 from stillnorm.holding.held import held_class
 from stillnorm.norms import Hold, NormLayer, find_norms, hold_of
-from stillnorm.norms.adapters.keras import how_to_freeze
+from stillnorm.norms.adapters.keras import is_keras
 from stillnorm.norms.hold import HOLD, Affine
 from stillnorm.norms.pair import pair_of
 
@@ -23,12 +24,12 @@ def why_not(layer: NormLayer, affine: Affine) -> str | None:
     module = layer.module
     if layer.family == "frozen":
         return f"weight and bias of {layer.provider}'s {layer.kind} are buffers and cannot train"
-    if layer.family == "keras":
-        return how_to_freeze(layer.path)
     if layer.is_scripted:
         return "a TorchScript module has no class to hold on to: freeze first, script afterwards"
     if layer.is_lazy:
         return "lazy: it has no statistics before its first forward"
+    if layer.family == "keras":
+        return keras.why_not(module, affine)
     if not layer.has_statistics:
         return "it has no running statistics (track_running_stats=False)"
     if layer.family == "instance" and not layer.tracks:
@@ -82,6 +83,9 @@ def hold(module: nn.Module, affine: Affine) -> None:
         The class, `training`, and with ``affine="frozen"`` `requires_grad` and `.grad` of weight
         and bias. No tensor's value.
     """
+    if is_keras(module):
+        keras.hold(module, affine)
+        return
     held = hold_of(module)
     if held is None:
         base = type(module)
@@ -105,7 +109,8 @@ def why_not_release(layer: NormLayer) -> str | None:
     """Return the reason why a held layer cannot be released, or None when it can."""
     kind = type(layer.module)
     base = getattr(kind, "held_base", None)
-    if base is None or kind is not held_class(base):
+    made = keras.held_class if layer.family == "keras" else held_class
+    if base is None or kind is not made(base):
         return (
             f"its class became {kind.__name__} after freeze: "
             "undo what changed it (parametrizations, fully_shard) first"
@@ -120,6 +125,9 @@ def release(module: nn.Module) -> None:
         The class, `training`, and `requires_grad` of weight and bias where it still is what the
         hold made it. No tensor's value.
     """
+    if is_keras(module):
+        keras.release(module)
+        return
     held: Hold = module.__dict__[HOLD]
     _require_grad_as_before(module, held)
     asked = held.asked or module.training
@@ -136,6 +144,7 @@ def remember(module: nn.Module) -> Callable[[], None]:
     held = attributes.get(HOLD)
     record = None if held is None else (dict(vars(held)), dict(held.required_grad))
     gradients = [(p, p.requires_grad, p.grad) for _, p in _affine(module)]
+    variables = keras.remember(module) if is_keras(module) else None
 
     def put_back() -> None:
         module.__class__ = kind
@@ -148,6 +157,8 @@ def remember(module: nn.Module) -> Callable[[], None]:
                 parameter.requires_grad_(required)
             if parameter.grad is not grad:
                 parameter.grad = grad
+        if variables is not None:
+            variables()
 
     return put_back
 

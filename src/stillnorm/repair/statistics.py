@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stillnorm.errors import RepairError
 from stillnorm.norms import Layers, NormLayer, select
+from stillnorm.norms.adapters.keras import FOREIGN
 from stillnorm.repair.report import Written, left_alone
 from stillnorm.repair.surgery import Surgery
 from stillnorm.reports import Block, Document, Line, Table
@@ -251,6 +252,8 @@ def to_float32(model: nn.Module, layers: Layers = None) -> RepairReport:
 
     def repair(layer: NormLayer, surgery: Surgery) -> str | None:
         half = [t for t in _own(layer.module) if t.dtype in (torch.float16, torch.bfloat16)]
+        if half and layer.family == "keras":
+            raise _Refusal(FOREIGN)
         own = sum(1 for _ in layer.module.modules())
         if any(uses[id(t)] > 1 and own == 1 for t in half):
             raise _Refusal("shares a tensor with another layer, which would be cast too")
@@ -306,6 +309,8 @@ def clone_inference_tensors(model: nn.Module, layers: Layers = None) -> RepairRe
 
     def repair(layer: NormLayer, surgery: Surgery) -> str | None:
         old = {id(t): t for t in _own(layer.module) if t.is_inference() and id(t) not in new}
+        if old and layer.family == "keras":
+            raise _Refusal(FOREIGN)
         with torch.inference_mode(False):
             for key, tensor in old.items():
                 made = tensor.clone()

@@ -60,7 +60,8 @@ class SwitchChange:
     Args:
         path: The layer.
         switch: ``kind``, ``training``, ``momentum``, ``eps``, ``track_running_stats``,
-            ``weight.requires_grad``, ``bias.requires_grad`` or ``held``.
+            ``weight.requires_grad``, ``bias.requires_grad``, ``held``, or of a layer of Keras
+            ``trainable``.
         before: The value before.
         after: The value after.
     """

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stillnorm.errors import StateError
 from stillnorm.norms import Hold, NormLayer
+from stillnorm.norms.adapters import keras
 
 Switch = None | bool | float | str
 
@@ -25,7 +26,7 @@ class Recorded:
             num_batches_tracked: of those that existed. None of a lazy layer's.
         switches: ``kind``, ``training``, ``momentum``, ``eps``, ``track_running_stats``,
             ``weight.requires_grad`` and ``bias.requires_grad`` where these exist, and ``held``
-            (None, "affine frozen" or "affine trains").
+            (None, "affine frozen" or "affine trains"). Of a layer of Keras ``trainable``, too.
         hold: A copy of stillnorm's hold, or None.
     """
 
@@ -54,6 +55,7 @@ def record(layer: NormLayer) -> Recorded:
                 help="model.to_empty(device=...) and load a checkpoint first",
             )
     hold = layer.hold
+    trainable = {"trainable": keras.trains(layer.module)} if layer.family == "keras" else {}
     requires_grad = {
         f"{name}.requires_grad": tensors[name].requires_grad for name in AFFINE if name in tensors
     }
@@ -66,6 +68,7 @@ def record(layer: NormLayer) -> Recorded:
             "momentum": layer.momentum,
             "eps": layer.eps,
             "track_running_stats": layer.tracks,
+            **trainable,
             **requires_grad,
             "held": None if hold is None else f"affine {hold.affine}",
         },

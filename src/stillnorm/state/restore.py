@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from stillnorm.errors import StateError
 from stillnorm.holding import hold, part_unheld, release, remember, why_not, why_not_release
 from stillnorm.norms import NormLayer, find_norms, write
+from stillnorm.norms.adapters import keras
 from stillnorm.norms.hold import HOLD
 from stillnorm.state.change import SwitchChange, TensorChange, changes
 from stillnorm.state.diff import Difference, diff_layers
 from stillnorm.state.record import AFFINE, Recorded, record, shown
 
 _SETTINGS = ("momentum", "eps", "track_running_stats")
+_REQUIRES_GRAD = tuple(f"{name}.requires_grad" for name in AFFINE)
 
 
 def restore(recorded: tuple[Recorded, ...], model: nn.Module) -> Difference:
@@ -64,8 +66,6 @@ def _why_not(before: Recorded, norm: NormLayer) -> str | None:
     now = record(norm)
     is_keras = norm.family == "keras"
     for change in changes(before, now, norm.path):
-        if isinstance(change, SwitchChange) and is_keras and change.switch != "training":
-            return f"Keras does not let go of {change}"
         if isinstance(change, TensorChange) and not (change.of or change.is_cast):
             return str(change)  # gone, new, or of another shape
         if isinstance(change, SwitchChange) and norm.is_scripted and change.switch in _SETTINGS:
@@ -105,23 +105,29 @@ def _like(value: Tensor, tensor: Any) -> Tensor:
 
 def _put(before: Recorded, norm: NormLayer) -> None:
     """Put hold and switches back; a held layer's first, since holding sets some of the others."""
-    module = norm.module
+    module: Any = norm.module
     if before.hold is not None:
         hold(module, before.hold.affine)
         module.__dict__[HOLD].asked = before.hold.asked
         module.__dict__[HOLD].required_grad = dict(before.hold.required_grad)
     elif norm.hold is not None:
         release(module)
+    if norm.family == "keras":
+        for name in ("momentum", "eps", "trainable", *_REQUIRES_GRAD):
+            if record(norm).switches.get(name) != (value := before.switches.get(name)):
+                keras.set_switch(module, name, value)
+        module.training = bool(before.switches["training"])
+        return
     now = record(norm).switches
     for name in _SETTINGS:
         if now[name] != before.switches[name]:
             setattr(module, name, before.switches[name])
     if now["training"] != before.switches["training"]:
         module.training = bool(before.switches["training"])
-    for name in AFFINE:
-        required = before.switches.get(f"{name}.requires_grad")
-        if required is not None and required != now[f"{name}.requires_grad"]:
-            getattr(module, name).requires_grad_(required)
+    for name in _REQUIRES_GRAD:
+        required = before.switches.get(name)
+        if required is not None and required != now[name]:
+            getattr(module, name.removesuffix(".requires_grad")).requires_grad_(required)
 
 
 def _must_match(before: Recorded, norm: NormLayer) -> None:

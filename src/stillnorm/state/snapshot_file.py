@@ -86,6 +86,8 @@ def _from_json(layer: Any, tensors: Mapping[str, Tensor]) -> Recorded:
     expected = _SWITCHES | {
         f"{name}.requires_grad": (bool,) for name in ("weight", "bias") if name in names
     }
+    if "trainable" in switches:  # of a layer of Keras
+        expected["trainable"] = (bool,)
     _check(switches.keys() == expected.keys(), "switches")
     for switch, kinds in expected.items():
         _check(type(switches[switch]) in kinds, switch)

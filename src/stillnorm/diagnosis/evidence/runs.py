@@ -171,8 +171,9 @@ def run_flows(request: Request, max_batches: int | None) -> Runs:
         if estimated := traced_statistics(model, by_batch):
             after = {layer.path: statistics for layer, statistics in estimated.items()}
             for layer, (mean, var) in estimated.items():
-                write(layer.module.get_buffer("running_mean"), mean)
-                write(layer.module.get_buffer("running_var"), var)
+                tensors = layer.tensors()
+                write(tensors["running_mean"], mean)
+                write(tensors["running_var"], var)
             traces["recalibrated"], recalibrated_score = run("eval", "recalibrated")
     head = None
     if eval_score is not None and batch_score is not None:

@@ -15,7 +15,6 @@ from stillnorm.diagnosis.finding import Action, Fix
 from stillnorm.errors import StateError
 from stillnorm.freezing import freeze, unfreeze
 from stillnorm.norms import NormLayer, find_norms
-from stillnorm.norms.adapters.keras import FOREIGN
 from stillnorm.norms.hold import Affine
 from stillnorm.norms.tensors import write
 from stillnorm.repair import (
@@ -52,9 +51,6 @@ def apply_all(fixes: Iterable[Fix], evidence: Evidence) -> Callable[[], None]:
     }
     if missing:
         raise StateError(f"the model has no norm layer {min(missing)!r} any more")
-    foreign = [layer.path for layer in find_norms(work.model) if layer.family == "keras"]
-    if named := [path for fix in fixes for path in fix.paths if path in foreign]:
-        raise StateError(f"{named[0]} {FOREIGN}")
     gradients = [(parameter, parameter.grad) for parameter in work.model.parameters()]
     try:
         for action, apply in _ACTIONS.items():
@@ -67,6 +63,14 @@ def apply_all(fixes: Iterable[Fix], evidence: Evidence) -> Callable[[], None]:
         raise
     return work.undo.close
 
+
+def can_be_done(fix: Fix, layers: Iterable[NormLayer]) -> bool:
+    """Tell whether a fix is one for the layers that it names: Keras' are of another make."""
+    keras = {layer.path for layer in layers if layer.family == "keras"}
+    return fix.action in _OF_ANY_MAKE or keras.isdisjoint(fix.paths)
+
+
+_OF_ANY_MAKE = ("recalibrate", "recalibrate and freeze", "freeze")
 
 Option = str | float | None
 

@@ -60,6 +60,7 @@ class KerasMomentum(Rule):
             return
         paths = tuple(layer.path for layer in layers)
         turnable = tuple(layer.path for layer, momentum in layers.items() if momentum < 1)
+        of_keras = any(layer.family == "keras" for layer in layers)
         largest = max(layers.values())
         yield self.finding(
             paths,
@@ -67,7 +68,9 @@ class KerasMomentum(Rule):
             "the running statistics are those of the last batch",
             evidence={"momentum": {layer.path: momentum for layer, momentum in layers.items()}},
             note="torch's momentum is the weight of the new batch, Keras's that of the old value",
-            help=f"momentum={short(1 - largest, 3)}, then sn.recalibrate(model, batches)"
+            help="0.99 is Keras's default: set it, then sn.recalibrate(model, batches)"
+            if of_keras
+            else f"momentum={short(1 - largest, 3)}, then sn.recalibrate(model, batches)"
             if largest < 1
             else "momentum=0.1 is torch's default",
             fix=Fix("momentum -> 1 - momentum", "unsafe", "momentum", turnable)

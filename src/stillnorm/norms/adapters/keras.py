@@ -11,7 +11,9 @@ Source: keras/src/layers/normalization/batch_normalization.py, keras/src/backend
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
+from decimal import Decimal
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,9 +52,11 @@ def trains(module: nn.Module) -> bool:
 def normalizing_by_batch(module: nn.Module) -> Iterator[None]:
     """Call the layer as with ``training=True`` inside the block, whatever the caller says."""
     call: Any = module.call
+    position = position_of_training(call)
 
-    def by_batch(inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return call(inputs, **(kwargs | {"training": True}))
+    def by_batch(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = in_mode(position, args, kwargs, training=True)
+        return call(*args, **kwargs)
 
     module.__dict__["call"] = by_batch  # Keras' own __setattr__ would track it
     try:
@@ -61,22 +65,76 @@ def normalizing_by_batch(module: nn.Module) -> Iterator[None]:
         del module.__dict__["call"]
 
 
+def position_of_training(call: Callable[..., Any]) -> int | None:
+    """Return the position of ``training=`` among the arguments of a call; None if it takes none.
+
+    That of a function of a class counts the layer itself, which is not among the arguments: one is
+    subtracted.
+
+    Example:
+        >>> class Norm:
+        ...     def call(self, inputs, training=None): ...
+        >>> position_of_training(Norm.call), position_of_training(Norm().call)
+        (1, 1)
+    """
+    parameters = list(inspect.signature(call).parameters.values())
+    offset = int(not inspect.ismethod(call))
+    for position, parameter in enumerate(parameters):
+        if parameter.name == "training":
+            return position - offset
+    by_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return len(parameters) if by_name else None
+
+
+def in_mode(
+    position: int | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with ``training=`` as given.
+
+    Example:
+        >>> in_mode(1, ("x",), {}, training=False)
+        (('x',), {'training': False})
+        >>> in_mode(1, ("x", True), {}, training=False)
+        (('x', False), {})
+    """
+    if position is None:
+        return args, kwargs
+    if position < len(args):
+        return (*args[:position], training, *args[position + 1 :]), kwargs
+    return args, kwargs | {"training": training}
+
+
 def axis(module: nn.Module) -> int:
     """Return the axis of the channels, which may count from the end."""
     return int(getattr(module, "axis", -1))
 
 
+def complement(momentum: float) -> float:
+    """Return Keras' momentum of torch's, and torch's of Keras'.
+
+    Exact in decimals, as people write it: what is turned over twice is what it was.
+
+    Example:
+        >>> complement(0.99), complement(complement(0.99)), complement(0.1)
+        (0.01, 0.99, 0.9)
+    """
+    return float(1 - Decimal(repr(momentum)))
+
+
+def set_switch(module: Any, switch: str, value: Any) -> None:
+    """Set a switch of a layer of Keras that has one of torch's names, or is its `trainable`."""
+    if switch == "momentum":
+        module.momentum = complement(value)
+    elif switch == "eps":
+        module.epsilon = value
+    elif switch == "trainable":
+        module.trainable = value
+    else:
+        getattr(module, _TENSORS[switch.removesuffix(".requires_grad")]).trainable = value
+
+
 # Why an operation of torch's kind leaves such a layer alone.
 FOREIGN = "is a layer of Keras: port the model with sn.port, do this in torch, and port it back"
-
-
-def how_to_freeze(path: str) -> str:
-    """Say how a layer is frozen in Keras."""
-    layer = "".join(f".get_layer({name!r})" for name in path.split(".") if name)
-    return (
-        "in Keras the mode is an argument of the call, and `trainable` decides: "
-        f"model{layer}.trainable = False, and compile() again"
-    )
 
 
 def _recognizes(module: nn.Module) -> bool:
@@ -91,15 +149,11 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _momentum(module: nn.Module) -> float:
-    return round(1 - float(module.momentum), 12)  # type: ignore[arg-type]
-
-
 KERAS = Adapter(
     "keras",
     "keras",
     _recognizes,
     eps=lambda module: float(module.epsilon),  # type: ignore[arg-type]
     tensor=_tensor,
-    momentum=_momentum,
+    momentum=lambda module: complement(module.momentum),  # type: ignore[arg-type]
 )
