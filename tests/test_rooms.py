@@ -45,7 +45,7 @@ CONFINED = {
     "onnxscript": ("export/onnx_graph.py",),
     "onnxruntime": ("export/onnx_graph.py",),
     "torchvision": ("demo/half.py",),
-    "keras": ("porting/keras/",),
+    "keras": ("holding/keras.py", "porting/keras/"),
     "jax": (),
     "timm": (),
     "transformers": (),

@@ -53,6 +53,10 @@ def _rebuild(kind: type[StillnormError], fact: str, help: str) -> StillnormError
     return kind(fact, help=help)
 
 
+class ModelError(StillnormError, TypeError):
+    """Something that was given as the model and is none of torch's."""
+
+
 class SelectorError(StillnormError, ValueError):
     """A `layers=` selector that matches no norm layer."""
 

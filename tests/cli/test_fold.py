@@ -75,9 +75,14 @@ def test_a_program_that_runs_where_stillnorm_is_not(run, files, example):
     subprocess.run([sys.executable, "-c", code], cwd=files, check=True)
 
 
-def _expected():
+def _scope():
     scope = {}
     exec(CODE, scope)
+    return scope
+
+
+def _expected():
+    scope = _scope()
     return scope["net"]()(scope["example"]()).detach()
 
 
@@ -90,10 +95,36 @@ def test_the_tensors_alone(run, files):
 
 def test_forward(run, files):
     args = ("fold", "fold.py:net", "--example", "fold.py:listed", "--forward", "fold.py:call")
-    assert run(*args).exit_code == 0
     result = run(*args, "--out", "net.pt2")
+    assert result.exit_code == 0, result.output
+    program = torch.export.load(files / "net.pt2").module()
+    torch.testing.assert_close(program(_scope()["listed"]()), _expected())
+
+
+def test_the_first_batch_of_the_data_and_every_batch_size(run, files):
+    result = run("fold", "fold.py:net", "--data", "fold.py:listed", "--out", "net.pt2")
+    assert result.exit_code == 0, result.output
+    assert torch.export.load(files / "net.pt2").module()(torch.ones(5, 3, 9, 9)).shape[0] == 5
+
+
+def test_a_program_that_computes_something_else_is_not_written(run, files, monkeypatch):
+    from stillnorm.export import program
+
+    monkeypatch.setattr(program, "numbers", lambda tree: [tree + 1])
+    result = run("fold", "fold.py:net", "--example", "fold.py:example", "--out", "net.pt2")
     assert result.exit_code == 2
-    assert not (files / "net.pt2").exists()
+    assert "of its largest value" in result.stderr
+    assert not list(files.glob("*net.pt2*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [((), "give an input"), (("--example", "a:b", "--out", "none/n.pt2"), "there is no folder")],
+)
+def test_what_cannot_be_meant(run, files, options, said):
+    result = run("fold", "fold.py:net", *options)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
 
 
 def test_an_ending_that_says_nothing(run, files):

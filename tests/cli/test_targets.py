@@ -119,11 +119,15 @@ def test_a_function_is_not_called(project):
         ("broken.py:make", "importing broken.py raised SyntaxError", "--traceback"),
         ("needing.py:make", "importing needing.py raised ModuleNotFoundError", "--traceback"),
         ("needing:make", "importing needing raised ModuleNotFoundError", "--traceback"),
+        ("keras/net.py:make", "ModuleNotFoundError: no tensorflow", "KERAS_BACKEND=torch"),
     ],
 )  # fmt: skip
 def test_what_goes_wrong_is_said_in_one_line(project, fails, target, fact, help):
     (project / "broken.py").write_text("def make(:\n")
     (project / "needing.py").write_text("import not_installed_anywhere\n")
+    (project / "keras").mkdir()  # as Keras does, whose default backend TensorFlow is
+    raises = "raise ModuleNotFoundError('no tensorflow', name='tensorflow')"
+    (project / "keras" / "net.py").write_text(raises)
     said, advice = fails("inspect", target)
     assert fact in said
     assert help in advice

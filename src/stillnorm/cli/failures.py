@@ -12,7 +12,7 @@ from typing import Literal
 import click
 
 import stillnorm
-from stillnorm.errors import BatchError, ExportError, StillnormError
+from stillnorm.errors import BatchError, ExportError, StillnormError, TargetError
 
 FINDINGS = 1  # or, for `diff`, differences
 BAD_USAGE = 2  # or unreadable input, or code of the user's that raised
@@ -62,7 +62,7 @@ def _put(error: StillnormError) -> tuple[str, str]:
         cause = cause.__cause__
     if cause is not None and is_the_users(cause):
         place = _at(cause)
-        help = error.help if isinstance(error, ExportError) else WHOLE
+        help = error.help if isinstance(error, ExportError | TargetError) else WHOLE
         return error.fact if error.fact.endswith(place) else error.fact + place, help
     if isinstance(error, BatchError) and error.help.startswith("forward="):
         return error.fact, f"{error.help} (here: --forward net.py:function)"

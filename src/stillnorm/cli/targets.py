@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -314,7 +315,12 @@ def _example(signature: inspect.Signature) -> str:
 
 
 def _raised(what: str, error: BaseException) -> TargetError:
-    return TargetError(f"{what} raised {describe(error)}", help=WHOLE)
+    help = WHOLE
+    if isinstance(error, ModuleNotFoundError) and error.name == "tensorflow":
+        frames = traceback.extract_tb(error.__traceback__)
+        if any("keras" in Path(frame.filename).parts for frame in frames):  # its default backend
+            help = "KERAS_BACKEND=torch stillnorm ... runs Keras on torch"
+    return TargetError(f"{what} raised {describe(error)}", help=help)
 
 
 def _a(value: object) -> str:

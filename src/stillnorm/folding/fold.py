@@ -9,6 +9,7 @@ from stillnorm.folding.agreement import difference, wrong_folds
 from stillnorm.folding.build import fold_copy, norms_of
 from stillnorm.folding.report import FoldReport
 from stillnorm.folding.training import Example
+from stillnorm.norms import must_be_a_model
 from stillnorm.tracing.calling import Forward
 
 
@@ -62,6 +63,7 @@ def fold(model: nn.Module, example: object, *, forward: Forward | None = None) -
     Source: the need, pytorch/pytorch#104593, #180995 and #119264, where folds that go by the order
     or by the sizes of layers are wrong.
     """
+    must_be_a_model(model)
     given = Example(example, forward)
     wrong = wrong_folds(model, given)
     done = fold_copy(model, given, wrong or {})

@@ -7,6 +7,7 @@ from stillnorm.norms.layer import NormalizesBy as NormalizesBy
 from stillnorm.norms.layer import NormLayer as NormLayer
 from stillnorm.norms.paths import clean_path as clean_path
 from stillnorm.norms.paths import every_module as every_module
+from stillnorm.norms.paths import must_be_a_model as must_be_a_model
 from stillnorm.norms.paths import walk as walk
 from stillnorm.norms.probe import Modes as Modes
 from stillnorm.norms.probe import overrides_train as overrides_train

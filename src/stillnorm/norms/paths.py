@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from stillnorm.errors import ModelError
 from stillnorm.norms.adapters import keras
 
 _ALWAYS_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -37,6 +38,24 @@ def without_wrappers(name: str) -> list[str]:
     return [part for part in name.split(".") if part not in _ALWAYS_WRAPPERS]
 
 
+def must_be_a_model(model: object) -> None:
+    """Raise unless it is a model of torch's.
+
+    Raises:
+        ModelError: It is something else.
+    """
+    if isinstance(model, nn.Module):
+        return
+    fact = f"a {type(model).__name__} is no torch.nn.Module"
+    if any(kind.__module__.partition(".")[0] == "keras" for kind in type(model).__mro__):
+        raise ModelError(
+            fact,
+            help="a Keras model is one on the torch backend (KERAS_BACKEND=torch); on any backend "
+            "sn.port.from_keras(keras_model, model) gives its weights to a model of torch's",
+        )
+    raise ModelError(fact, help="give the model itself")
+
+
 def walk(
     model: nn.Module,
 ) -> Iterator[tuple[str, nn.Module, tuple[nn.Module, ...]]]:
@@ -45,11 +64,13 @@ def walk(
     A module registered under two names comes twice. A child called ``module`` is a wrapper's, and
     its name is left out, below DistributedDataParallel and where it is the only child at the front.
     """
+    must_be_a_model(model)
     yield from _walk(model, (), ())
 
 
 def every_module(model: nn.Module) -> list[nn.Module]:
     """Return every module once: those of `model.modules()`, and those that Keras keeps in lists."""
+    must_be_a_model(model)
     modules = list(model.modules())
     if any(map(keras.is_keras, modules)):
         modules = list(dict.fromkeys((*modules, *(module for _, module, _ in walk(model)))))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stillnorm.errors import RepairError
-from stillnorm.norms import Layers, NormLayer, select
+from stillnorm.norms import Layers, NormLayer, must_be_a_model, select
 from stillnorm.norms.adapters.keras import FOREIGN
 from stillnorm.repair.report import Written, left_alone
 from stillnorm.repair.surgery import Surgery
@@ -248,6 +248,7 @@ def to_float32(model: nn.Module, layers: Layers = None) -> RepairReport:
         >>> net.eval()(torch.randn(2, 4).half()).dtype
         torch.float16
     """
+    must_be_a_model(model)
     uses = _uses(model)
 
     def repair(layer: NormLayer, surgery: Surgery) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stillnorm.errors import StateError
-from stillnorm.norms import write
+from stillnorm.norms import must_be_a_model, write
 from stillnorm.tracing import is_sharded
 
 
@@ -142,8 +142,10 @@ def refuse_wrapped(model: nn.Module) -> None:
     """Raise where a wrapper for distributed training knows the model's tensors.
 
     Raises:
+        ModelError: It is no model of torch's.
         StateError: The model, or a part of it, is wrapped.
     """
+    must_be_a_model(model)
     wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
     if wrapped or is_sharded(model):
         raise StateError(

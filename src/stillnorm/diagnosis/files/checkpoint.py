@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stillnorm.diagnosis.files.skeleton import STATISTICS, Stored, StoredNorm, matching, unreadable
 from stillnorm.diagnosis.finding import listed
 from stillnorm.errors import FileFormatError
+from stillnorm.norms import must_be_a_model
 from stillnorm.norms.layer import TENSORS
 from stillnorm.reports.numbers import count
 from stillnorm.state.files import CHECKPOINTS, read_checkpoint
@@ -39,12 +40,15 @@ def read_target(target: Target) -> Stored:
 
     Raises:
         FileFormatError: The file cannot be read, or is none of `SUFFIXES`.
+        ModelError: It is none of these, and no model of torch's.
     """
     if isinstance(target, Stored):
         return target
     if isinstance(target, Mapping):
         state = {k: t.detach() for k, t in target.items() if isinstance(t, Tensor)}
         return _checkpoint("state dict", clean_keys(state))
+    if not isinstance(target, str | os.PathLike):
+        must_be_a_model(target)
     path = Path(target)
     suffix = path.suffix.lower()
     if suffix == ".onnx":
