@@ -118,7 +118,7 @@ def complement(momentum: float) -> float:
         >>> complement(0.99), complement(complement(0.99)), complement(0.1)
         (0.01, 0.99, 0.9)
     """
-    return float(1 - Decimal(repr(momentum)))
+    return float(1 - Decimal(repr(float(momentum))))
 
 
 def set_switch(module: Any, switch: str, value: Any) -> None:
