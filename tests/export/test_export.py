@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import UserDict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -14,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.optim.swa_utils import AveragedModel
 
 import stillnorm as sn
-from export.nets import exported, images, net, net_with
+from export.nets import Net, exported, images, net, net_with
 from stillnorm.errors import BatchError, ExportError, StateError
 from support.fingerprint import Fingerprint
 
@@ -83,6 +85,11 @@ CALLS = {
         {"b": images(2, 1), "a": images(2, 2)},
         {},
     ),
+    "a mapping that is no dict": (
+        lambda self, x: self.head(x),
+        UserDict({"x": images()}),
+        {},
+    ),
     "any keywords": (
         lambda self, **k: self.head(k["u"] - k["v"]),
         {"v": images(), "u": images(2, 9)},
@@ -131,6 +138,68 @@ def test_onnx_of_every_call(tmp_path: Path, name: str) -> None:
     report = exported(net_with(forward), example, tmp_path, ".onnx", **options)
     assert [one.batch_size for one in report.runs] == [2, 1, 3]
     assert report.max_error < 1e-5
+
+
+@BOTH
+def test_two_inputs_that_are_one_tensor_in_the_example(tmp_path: Path, suffix: str) -> None:
+    """Exporters make them one input: then the file is wrong, and right on the example."""
+    model = net_with(lambda self, a, b: self.head(a) - 2 * self.head(b))
+    x = images()
+    report = exported(model, (x, x), tmp_path, suffix)
+    with sn.eval_mode(model), torch.no_grad():
+        a, b = images(2, 1), images(2, 2)
+        torch.testing.assert_close(run(report.path, a, b), model(a, b))
+
+
+def test_numbers_among_the_outputs_are_compared(tmp_path: Path) -> None:
+    model = net_with(lambda self, x: (self.head(x), 7, None, x.shape[0], x.sum().item()))
+    report = exported(model, images(), tmp_path, ".pt2")
+    assert [port.dtype for port in report.outputs] == ["float32", "int", "int", "float"]
+    assert [one.batch_size for one in report.runs] == [2, 1, 3]
+    model = net_with(lambda self, x: (self.head(x), 1 if x.shape[0] < 3 else 2))
+    report = exported(model, images(), tmp_path, ".pt2")
+    assert [one.batch_size for one in report.runs] == [2]
+    assert report.fixed_batch
+
+
+class Counting(Net):
+    """It counts its forwards in a buffer, which nothing depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.head(x)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_buffers_are_in_the_file_as_they_are_in_the_model(tmp_path: Path, n: int) -> None:
+    """And not as the looks before, or a first attempt, have left them."""
+    exported(Counting(), images(n), tmp_path, ".pt2")
+    program = torch.export.load(tmp_path / "net.pt2")
+    assert program.state_dict["count"] == 0
+
+
+def test_a_first_attempt_leaves_nothing_in_the_file(tmp_path: Path) -> None:
+    class Pairs(Counting):
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.compiler.is_compiling() and len(x) != 2:
+                raise ValueError("pairs only")
+            return super().forward(x)
+
+    report = exported(Pairs(), images(), tmp_path, ".pt2")
+    assert report.fixed_batch == "the model itself takes no other"
+    assert torch.export.load(report.path).state_dict["count"] == 0
+
+
+def test_a_shared_norm_has_the_name_that_all_reports_give_it(tmp_path: Path) -> None:
+    model = net()
+    model.again = model.bn
+    for whole in (model, AveragedModel(model)):
+        report = exported(whole, images(), tmp_path, ".pt2")
+        assert (report.remaining, report.absorbed) == (("bn", "late"), ())
 
 
 def test_tokens(tmp_path: Path) -> None:
@@ -208,6 +277,13 @@ def test_sizes_as_the_user_says(tmp_path: Path, suffix: str) -> None:
     assert suffix == ".pt2" or report.inputs[0].shape[0] == "n"
 
 
+@BOTH
+def test_sizes_that_are_none(tmp_path: Path, suffix: str) -> None:
+    for wrong in ("batch", 3):
+        with pytest.raises(ExportError, match="is not True, False or shapes"):
+            exported(net(), images(), tmp_path, suffix, dynamic=wrong)
+
+
 def test_sizes_that_do_not_fit_the_call(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="top-level keys"):
         exported(net(), images(), tmp_path, ".pt2", dynamic={"nope": {0: Dim.AUTO}})
@@ -238,12 +314,63 @@ def test_what_a_graph_cannot_return(tmp_path: Path) -> None:
     exported(model, images(), tmp_path, ".pt2")
 
 
+@pytest.mark.parametrize(
+    ("output", "said", "suffixes"),
+    [
+        (lambda y: None, "returns no tensor", (".onnx", ".pt2")),
+        (lambda y: {}, "returns no tensor", (".onnx", ".pt2")),
+        (lambda y: y.sum().item(), "returns no tensor", (".pt2",)),
+        (lambda y: (y, "logits"), "returns a tuple with str in it", (".onnx", ".pt2")),
+        (lambda y: y + 0j, "returns complex64, which ONNX does not", (".onnx",)),
+        (lambda y: (y, y * torch.nan), "returns NaN or infinity throughout", (".onnx", ".pt2")),
+        (lambda y: -torch.inf + y, "returns NaN or infinity throughout", (".pt2",)),
+    ],
+    ids=["None", "nothing", "a number", "a string", "complex", "NaN", "infinity"],
+)
+def test_outputs_that_prove_nothing(
+    tmp_path: Path, output: Any, said: str, suffixes: tuple[str, ...]
+) -> None:
+    model = net_with(lambda self, x: output(self.head(x)))
+    for suffix in suffixes:
+        with pytest.raises(ExportError, match=said):
+            exported(model, images(), tmp_path, suffix)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_complex_inputs(tmp_path: Path) -> None:
+    model = net_with(lambda self, x: self.head(x.real))
+    with pytest.raises(ExportError, match="takes complex64, which ONNX does not"):
+        exported(model, images() + 0j, tmp_path, ".onnx")
+    assert exported(model, images() + 0j, tmp_path, ".pt2").max_error == 0
+
+
+def test_some_infinities_are_compared_as_such(tmp_path: Path) -> None:
+    """What is masked out is often minus infinity."""
+    model = net_with(lambda self, x: (y := self.head(x)).masked_fill(y < 0, -torch.inf))
+    assert exported(model, images(), tmp_path, ".pt2").max_error == 0
+
+
+@BOTH
+def test_a_model_that_goes_by_what_it_has_seen(tmp_path: Path, suffix: str) -> None:
+    """Its file would be right once."""
+    model = net_with(lambda self, x: self.head(x) * self.bn.num_batches_tracked.add_(1))
+    before = Fingerprint(model)
+    with pytest.raises(ExportError, match="returns another output each time"):
+        exported(model, images(), tmp_path, suffix)
+    assert Fingerprint(model).differences(before) == []
+
+
 @BOTH
 def test_a_model_that_draws_random_numbers(tmp_path: Path, suffix: str) -> None:
     model = net_with(lambda self, x: nn.functional.dropout(self.head(x)))
     with pytest.raises(ExportError, match="returns another output each time"):
         exported(model, images(), tmp_path, suffix)
     assert list(tmp_path.iterdir()) == []
+
+
+class Stuck(Net):
+    def train(self, mode: bool = True) -> nn.Module:
+        raise RuntimeError("stuck")
 
 
 @pytest.mark.parametrize(
@@ -257,8 +384,23 @@ def test_a_model_that_draws_random_numbers(tmp_path: Path, suffix: str) -> None:
         (nn.Sequential(nn.LazyConv2d(3, 2)), images(), StateError, "LazyConv2d"),
         (torch.jit.script(net().eval()), images(), StateError, "TorchScript"),
         (torch.jit.trace(net().eval(), images()), images(), StateError, "TorchScript"),
+        (net().to("meta"), images().to("meta"), StateError, "conv.weight is on the meta device"),
+        (net().forward, images(), ExportError, "a method is not an nn.Module"),
+        (Stuck(), images(), StateError, "eval\\(\\) of the model raised RuntimeError: stuck"),
     ],
-    ids=["shape", "too many", "keyword", "empty", "nothing", "lazy", "scripted", "traced"],
+    ids=[
+        "shape",
+        "too many",
+        "keyword",
+        "empty",
+        "nothing",
+        "lazy",
+        "scripted",
+        "traced",
+        "meta",
+        "no module",
+        "eval raises",
+    ],
 )
 @BOTH
 def test_what_cannot_be_called(
@@ -267,6 +409,33 @@ def test_what_cannot_be_called(
     with pytest.raises(kind, match=said):
         exported(model, example, tmp_path, suffix)
     assert list(tmp_path.iterdir()) == []
+
+
+class Pair(NamedTuple):
+    a: Tensor
+    b: Tensor
+
+
+def made_under_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return net()
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (net_with(lambda self, x: Pair(self.head(x), x)), "tensors in dicts, tuples, lists"),
+        (net_with(lambda self, x: self.head(x).sort(1)), "tensors in dicts, tuples, lists"),
+        (made_under_inference_mode(), "made under torch.inference_mode"),
+    ],
+    ids=["a named tuple", "a named tuple of torch", "inference tensors"],
+)
+def test_what_can_be_done_about_what_torch_says(
+    tmp_path: Path, model: nn.Module, said: str
+) -> None:
+    with pytest.raises(ExportError) as caught:
+        exported(model, images(), tmp_path, ".pt2")
+    assert said in caught.value.help
 
 
 @pytest.mark.parametrize("how", ["outside", "inside", "in place"])

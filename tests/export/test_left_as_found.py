@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +177,22 @@ def test_the_forward_raises_inside_the_capture(tmp_path: Path) -> None:
         watch.is_as_it_was()
 
 
+def test_exports_in_threads_wait_for_one_another(tmp_path: Path) -> None:
+    """torch's exporters cannot run beside one another; nor is stdout put back in order then."""
+    before, shared = state_of_torch(), net()
+    models = [net(), net(), shared, shared]
+    fingerprints = [Fingerprint(model) for model in models]
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [
+            pool.submit(sn.export.export_program, model, images(), tmp_path / f"{i}.pt2")
+            for i, model in enumerate(models)
+        ]
+        assert [job.result().max_error for job in jobs] == [0, 0, 0, 0]
+    assert state_of_torch() == before
+    for model, fingerprint in zip(models, fingerprints, strict=True):
+        assert Fingerprint(model).differences(fingerprint) == []
+
+
 # ------------------------------------------------------------------------------- files
 
 
@@ -189,6 +208,9 @@ def test_where_nothing_can_be_written(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"folder{suffix}").mkdir()
     with pytest.raises(FileFormatError, match="is a folder"):
         write(model, images(), tmp_path / f"folder{suffix}")
+    for odd, said in (("", "does not end in"), (f"a\0{suffix}", "null"), ("a" * 300, "too long")):
+        with pytest.raises(FileFormatError, match=said):
+            write(model, images(), tmp_path / f"{odd}{suffix}" if len(odd) > 9 else odd)
 
 
 def test_a_folder_that_cannot_be_written_to(
@@ -200,6 +222,24 @@ def test_a_folder_that_cannot_be_written_to(
     monkeypatch.setattr(files.tempfile, "mkdtemp", denied)
     with pytest.raises(FileFormatError, match="cannot be written: Permission denied"):
         exported(net(), images(), tmp_path, ".pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own writer of programs ends the process: it is given memory to write to."""
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    real = torch.export.save
+    given: list[Any] = []
+    monkeypatch.setattr(torch.export, "save", lambda p, f: (given.append(f), real(p, f)))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", full)
+    for suffix in (".pt2", ".onnx"):
+        with pytest.raises(FileFormatError, match="No space left"):
+            exported(net(), images(), tmp_path, suffix)
+    assert {type(file) for file in given} == {io.BytesIO}
     assert list(tmp_path.iterdir()) == []
 
 

@@ -91,6 +91,14 @@ def test_what_the_rules_cannot_see_is_seen_in_the_file(
     assert list(tmp_path.iterdir()) == []
 
 
+class Standardised(nn.Conv2d):
+    """Weights normalised by batch norm, which has nothing of the batch (onnxscript#1338)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = F.batch_norm(self.weight.reshape(1, len(self.weight), -1), None, None, training=True)
+        return F.conv2d(x, w.reshape_as(self.weight), self.bias)
+
+
 def unreached() -> nn.Module:
     model = net()
     model.auxiliary = nn.BatchNorm2d(4, track_running_stats=False)
@@ -111,6 +119,7 @@ NEAR: dict[str, Callable[[], nn.Module]] = {
     ),
     "group norm": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)),
     "initial statistics": Net,
+    "standardised weights": lambda: Standardised(3, 4, 3),
     "a train() that returns nothing": lambda: settle(NoReturn()),
     "without norms": lambda: nn.Conv2d(3, 4, 3),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import warnings
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from stillnorm.diagnosis.files.skeleton import Stored
-from stillnorm.errors import ExportError
+from stillnorm.errors import ExportError, FileFormatError, StillnormError
 from stillnorm.export.call import Call
 from stillnorm.export.report import Port
 from stillnorm.tracing import first_line
@@ -49,6 +50,7 @@ def exporting(what: str) -> Iterator[None]:
 
     Raises:
         ExportError: Something was raised.
+        FileFormatError: The disk is full.
     """
     disabled = logging.root.manager.disable
     quiet = io.StringIO()
@@ -69,20 +71,39 @@ def exporting(what: str) -> Iterator[None]:
             logging.disable(disabled)
 
 
-_BY_VALUE = ("data-dependent", "DataDependent", "GuardOnDataDependent", "DynamicOutputShape")
+# What is said where the first line of an error has one of the words.
+_HELP = (
+    (
+        ("data-dependent", "DataDependent", "GuardOnDataDependent", "DynamicOutputShape"),
+        "the forward branches on the value of a tensor: torch.where or torch.cond are what "
+        "exporters can follow, or export the part without the branch, with forward=",
+    ),
+    (
+        ("TreeSpec", "Unsupported input type", "serialization name"),
+        "forward=lambda model, example: ... that takes and returns tensors in dicts, tuples, lists",
+    ),
+    (
+        ("inference tensor",),
+        "its tensors were made under torch.inference_mode: load its state dict into a model that "
+        "was not",
+    ),
+)
 
 
-def _failed(what: str, error: Exception) -> ExportError:
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _failed(what: str, error: Exception) -> StillnormError:
     """Say what went wrong at the bottom of it."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
+    if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+        return FileFormatError(
+            f"the file cannot be written: {cause.strerror}", help="nothing was changed"
+        )
     said = first_line(cause)
-    by_value = any(mark in said for mark in _BY_VALUE)
+    fitting = (help for words, help in _HELP if any(word in said for word in words))
     return ExportError(
-        f"{what} failed: {said[:300]}",
-        help="the forward branches on the value of a tensor: torch.where or torch.cond are what "
-        "exporters can follow, or export the part without the branch, with forward="
-        if by_value
-        else "the cause of this exception says more",
+        f"{what} failed: {said[:300]}", help=next(fitting, "the cause of this exception says more")
     )

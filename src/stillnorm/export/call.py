@@ -24,25 +24,32 @@ class Call:
         module: The model, or what calls it as the user does.
         args: Its positional arguments.
         kwargs: Its keyword arguments, in the order of the signature.
-        prefix: What stands before the model's paths in those of the module.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    prefix: str = ""
 
     @classmethod
     def of(cls, model: nn.Module, example: object, forward: Forward | None) -> Call:
-        """Return the call of a model on an example, as `torch.export` takes it."""
+        """Return the call of a model on an example, as `torch.export` takes it.
+
+        Inputs are copied, each by itself: of two that are one tensor exporters make one.
+        """
+        example = copied(example)
         if forward is not None:
-            return cls(Called(model, forward), (example,), {}, "model.")
+            return cls(Called(model, forward), (example,), {})
         if isinstance(example, Mapping):
             order = list(inspect.signature(model.forward).parameters)
             if not example.keys() <= set(order):  # **kwargs, whose sizes cannot be left open
                 return cls.of(model, dict(example), lambda model, given: model(**given))
             return cls(model, (), {name: example[name] for name in order if name in example})
         return cls(model, tuple(example) if isinstance(example, tuple | list) else (example,), {})
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself."""
+        return self.module.model if isinstance(self.module, Called) else self.module
 
     @property
     def leaves(self) -> list[Any]:
@@ -59,7 +66,7 @@ class Call:
     def in_float64(self) -> Call:
         """Return the same of a copy of the model in float64."""
         args, kwargs = tree_map(_doubled_precision, (self.args, self.kwargs))
-        return Call(copy.deepcopy(self.module).double(), args, kwargs, self.prefix)
+        return Call(copy.deepcopy(self.module).double(), args, kwargs)
 
     def resized(self, size: int, varies: Callable[[int], bool]) -> Call:
         """Return the call with another batch size; `varies` says which inputs have it."""
@@ -104,6 +111,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def size_of(example: object) -> int | None:
     """Return the batch size of an example: the length of its first tensor that has one."""
     return next((len(x) for x in tree_leaves(example) if isinstance(x, Tensor) and x.dim()), None)
+
+
+def numbers(tree: object) -> list[Tensor]:
+    """Return the tensors and the numbers among outputs, all as tensors."""
+    leaves = tree_leaves(tree)
+    return [torch.as_tensor(x) for x in leaves if isinstance(x, Tensor | bool | int | float)]
 
 
 def doubled(example: object) -> object:

@@ -22,11 +22,18 @@ def target_of(path: StrPath, suffix: str) -> Path:
     """
     given = Path(path)
     if given.suffix.lower() != suffix:
+        name = f"{given.stem or 'model'}{suffix}"
         raise FileFormatError(
-            f"{given} does not end in {suffix}",
-            help=f"name it {given.with_suffix(suffix).name}: readers go by the ending",
+            f"{given} does not end in {suffix}", help=f"name it {name}: readers go by the ending"
         )
-    target = Path(os.path.realpath(given))
+    try:
+        target = Path(os.path.realpath(given))
+        target.exists()
+    except (OSError, ValueError) as error:  # too long a name, a null character
+        raise FileFormatError(
+            f"{str(given)!r} cannot be written: {getattr(error, 'strerror', None) or error}",
+            help="give it another name",
+        ) from error
     if target.is_dir():
         raise FileFormatError(f"{given} is a folder", help="name a file in it")
     if not target.parent.is_dir():

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from stillnorm.errors import ExportError
 from stillnorm.export.artifact import Artifact
-from stillnorm.export.call import Call, size_of
+from stillnorm.export.call import Call, numbers, size_of
 from stillnorm.export.compare import OutputError, Tolerance, errors
 from stillnorm.export.report import Run
 from stillnorm.export.sizes import with_other_sizes
 from stillnorm.reports.numbers import short
+from stillnorm.state import preserved
 
 
 def proved(artifact: Artifact, call: Call, *, asked: bool) -> tuple[Run, ...]:
@@ -39,13 +39,44 @@ def proved(artifact: Artifact, call: Call, *, asked: bool) -> tuple[Run, ...]:
     return tuple(runs)
 
 
+def must_repeat(call: Call) -> None:
+    """Raise where the model's output is another one each time, or holds nothing to compare.
+
+    Raises:
+        ExportError: It draws random numbers, goes by state of its own, or has no finite number.
+    """
+    with preserved(call.module):
+        first, again = numbers(call.run()), numbers(call.run())
+    for y in first:
+        if y.numel() and not bool(y.isfinite().any()):
+            raise ExportError(
+                "the model in eval mode returns NaN or infinity throughout: there is nothing to "
+                "compare",
+                help="sn.check(model, batches) says which layer it comes from, if it is a norm",
+            )
+    names = [""] * len(first)
+    allows = _tolerance(call, first).allows
+    if len(again) != len(first) or not all(map(allows, errors(again, first, names))):
+        raise ExportError(
+            "the model in eval mode returns another output each time: nothing can be compared",
+            help="pass random numbers in as an input; where the forward goes by buffers that it "
+            "writes to, not in eval mode",
+        )
+
+
+def _tolerance(call: Call, outputs: list[Tensor]) -> Tolerance:
+    """Return how far outputs may be off: by the coarsest dtype that the model computes in."""
+    model = call.module
+    return Tolerance.of([*model.parameters(), *model.buffers(), *numbers(call.leaves), *outputs])
+
+
 def _compared(artifact: Artifact, call: Call, size: int | None, output: object) -> Run:
     """Run the file and compare it with the model.
 
     Raises:
         ExportError: It computes something else.
     """
-    expected = _tensors(output)
+    expected = numbers(output)
     got = artifact.run(call)
     names = [port.name for port in artifact.outputs]
     if len(got) != len(expected) or len(names) != len(expected):
@@ -54,10 +85,7 @@ def _compared(artifact: Artifact, call: Call, size: int | None, output: object) 
             help="forward=lambda model, example: ... that returns the tensors alone",
         )
     found = errors(got, expected, names)
-    model = call.module
-    tolerance = Tolerance.of(
-        [*model.parameters(), *model.buffers(), *_tensors(call.leaves), *expected]
-    )
+    tolerance = _tolerance(call, expected)
     wrong = [error for error in found if not tolerance.allows(error)]
     if wrong and not _rounds_so_itself(found, call, expected, tolerance):
         raise _wrong(wrong[0], tolerance, call, expected, size)
@@ -69,7 +97,7 @@ def _rounds_so_itself(
 ) -> bool:
     """Tell whether the model's own rounding, against float64, explains the errors."""
     try:
-        exact = _tensors(call.in_float64().run())
+        exact = numbers(call.in_float64().run())
         own = errors(expected, exact, [""] * len(exact))
     except Exception:  # it does not copy, or does not run in float64
         return False
@@ -81,18 +109,12 @@ def _rounds_so_itself(
 def _wrong(
     error: OutputError, tolerance: Tolerance, call: Call, expected: list[Tensor], size: int | None
 ) -> ExportError:
-    """Tell a file that is wrong from a model that draws random numbers."""
+    """Tell a file that is wrong from a model that gives nothing to compare."""
     if not all(bool(y.isfinite().all()) for y in expected if y.is_floating_point()):
         return ExportError(
             f"the model in eval mode returns NaN or infinity at batch size {size}, and the file "
             "something else: nothing can be compared",
             help="sn.check(model, batches) says which layer it comes from, if it is a norm",
-        )
-    again = errors(_tensors(call.run()), expected, [""] * len(expected))
-    if not all(map(tolerance.allows, again)):
-        return ExportError(
-            "the model in eval mode returns another output each time: nothing can be compared",
-            help="make it deterministic: pass the random numbers in as an input",
         )
     return ExportError(
         f"{error.name} of the file is off by {short(error.max)} of its largest value (rms "
@@ -100,7 +122,3 @@ def _wrong(
         f"{short(tolerance.max)} and {short(tolerance.rms)}",
         help="nothing was written; where only some batch sizes are wrong, dynamic=False",
     )
-
-
-def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -5,14 +5,54 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from stillnorm.diagnosis import Finding, check
 from stillnorm.diagnosis.finding import listed
-from stillnorm.errors import ExportError
+from stillnorm.errors import ExportError, StateError
+from stillnorm.export.report import Format
 from stillnorm.tracing import Forward
 
 _AGAINST = ("SN007", "SN102", "SN103", "SN107")
+
+
+def must_be_shapes(dynamic: object) -> None:
+    """Raise where `dynamic` is neither yes nor no nor shapes; what else they are torch says.
+
+    Raises:
+        ExportError: It is a number or a name.
+    """
+    if isinstance(dynamic, str | int | float) and not isinstance(dynamic, bool):
+        raise ExportError(
+            f"dynamic={dynamic!r} is not True, False or shapes",
+            help="shapes are as torch.export.export takes them: ({0: torch.export.Dim('n')},)",
+        )
+
+
+def must_have_weights(model: object) -> None:
+    """Raise where there is nothing to export.
+
+    Raises:
+        ExportError: It is not a module.
+        StateError: It is TorchScript's, or its weights have no values.
+    """
+    if not isinstance(model, nn.Module):
+        raise ExportError(
+            f"a {type(model).__name__} is not an nn.Module", help="export the module that it calls"
+        )
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise StateError(
+            "the model is TorchScript's, which keeps its own modes: nothing of it is exported",
+            help="use the Python model, before torch.jit.script or torch.jit.trace",
+        )
+    named = (*model.named_parameters(), *model.named_buffers())
+    if empty := next((name for name, tensor in named if tensor.is_meta), None):
+        raise StateError(
+            f"{empty} is on the meta device: it has no values",
+            help="model.to_empty(device='cpu'), then load its weights",
+        )
 
 
 def must_be_exportable(
@@ -40,6 +80,45 @@ def _is_about(finding: Finding, reached: Collection[str]) -> bool:
     if finding.code == "SN007":  # of what ran; but for a train() that returns nothing
         return finding.evidence.get("kind") != "no return"
     return not set(reached).isdisjoint(finding.paths)
+
+
+# What may be among the outputs beside tensors.
+_ALSO: dict[Format, tuple[type, ...]] = {
+    "ONNX graph": (type(None),),
+    "exported program": (bool, int, float, type(None)),
+}
+
+
+def must_be_tensors(output: object, example: object, format: Format) -> None:
+    """Raise where inputs or outputs are none that a file can take and return.
+
+    Raises:
+        ExportError: No output is a tensor, so that nothing can be compared, or one is of a class
+            that the format does not know, or complex, which ONNX does not know.
+    """
+    onnx = format == "ONNX graph"
+    leaves = tree_leaves(output)
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, *_ALSO[format])):
+            kind = type(leaf).__name__
+            raise ExportError(
+                f"the model returns a {type(output).__name__} with {kind} in it, which no graph can"
+                if leaf is not output
+                else f"the model returns {kind}, which no graph can",
+                help="forward=lambda model, example: ... that returns the tensors alone",
+            )
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ExportError(
+            "the model returns no tensor: there is nothing to compare",
+            help="forward=lambda model, example: ... that returns one",
+        )
+    for does, tree in (("takes", tree_leaves(example)), ("returns", leaves)):
+        kinds = [leaf.dtype for leaf in tree if isinstance(leaf, Tensor) and leaf.is_complex()]
+        if onnx and kinds:
+            raise ExportError(
+                f"the model {does} {str(kinds[0]).removeprefix('torch.')}, which ONNX does not",
+                help="torch.view_as_real and view_as_complex, in forward= or in the model",
+            )
 
 
 def must_not_use_the_batch(file: Path) -> None:

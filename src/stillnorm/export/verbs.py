@@ -47,11 +47,13 @@ def export_onnx(
 
     Raises:
         ExportError: A finding speaks against it: eval depends on the batch (SN007, SN107), the
-            statistics are not finite or negative (SN102, SN103). Or torch cannot export the model,
+            statistics are not finite or negative (SN102, SN103). Or the output proves nothing: no
+            tensor, no finite number, or another each time. Or torch cannot export the model,
             onnxruntime cannot run the file, the file computes something else or has a norm in
             training mode (SN701). Or onnx, onnxscript or onnxruntime is not installed.
         BatchError: The model cannot be called on the example.
-        StateError: The model has lazy modules.
+        StateError: The model has lazy modules or tensors on the meta device, is TorchScript's, or
+            its own `eval()` raises.
         FileFormatError: The file cannot be written.
 
     Mutates:
@@ -60,7 +62,8 @@ def export_onnx(
         tensors too.
 
     Cost:
-        The export, of the example and where that fails with a fixed batch size; about ten forwards.
+        The export, of the example and where that fails with a fixed batch size; about a dozen
+        forwards. Of two threads one waits: torch's exporters do not run beside one another.
 
     Example:
         >>> import tempfile
@@ -107,11 +110,14 @@ def export_program(
     Raises:
         ExportError: As `export_onnx`; the norms' ``training`` argument is checked in the file.
         BatchError: The model cannot be called on the example.
-        StateError: The model has lazy modules.
+        StateError: As `export_onnx`.
         FileFormatError: The file cannot be written.
 
     Mutates:
         Nothing, whatever is raised.
+
+    Cost:
+        As `export_onnx`; the file once in memory.
 
     Example:
         >>> import tempfile

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from stillnorm.errors import BatchError, ExportError, StateError
 from stillnorm.export.artifact import Artifact
 from stillnorm.export.call import Call, doubled, size_of, unwrapped
 from stillnorm.export.files import written_whole
-from stillnorm.export.proving import proved
-from stillnorm.export.refusal import must_be_exportable, must_not_use_the_batch
+from stillnorm.export.proving import must_repeat, proved
+from stillnorm.export.refusal import (
+    must_be_exportable,
+    must_be_shapes,
+    must_be_tensors,
+    must_have_weights,
+    must_not_use_the_batch,
+)
 from stillnorm.export.report import ExportReport, Format
 from stillnorm.export.sizes import open_batch
 from stillnorm.norms import keep_tensors, overrides_train
-from stillnorm.norms.paths import without_wrappers
+from stillnorm.norms.paths import walk
 from stillnorm.state import attributes_kept, preserved
 from stillnorm.tracing import Forward, Trace, call_example, first_line, trace
 
 Dynamic = bool | dict[str, Any] | tuple[Any, ...] | list[Any]
 Writer = Callable[[Call, Any, Path], Artifact]
+
+# torch's exporters, and what keeps their output back, change state of the whole process.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,20 +69,19 @@ def export(
     def run(model: nn.Module, example: object) -> object:
         return call_example(model, example, forward)
 
+    must_be_shapes(dynamic)
+    if forward is None and isinstance(example, Mapping):
+        example = dict(example)  # of transformers' BatchEncoding too, which torch does not know
     model = unwrapped(model)
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise StateError(
-            "the model is TorchScript's, which keeps its own modes: nothing of it is exported",
-            help="use the Python model, before torch.jit.script or torch.jit.trace",
-        )
-    with _left_as_found(model), torch.inference_mode(False), torch.no_grad():
-        model.eval()
+    must_have_weights(model)
+    with _ONE_AT_A_TIME, _left_as_found(model), torch.inference_mode(False), torch.no_grad():
+        _to_eval(model)
         seen, output = _seen(model, example, run)
-        if format == "ONNX graph":
-            _must_be_tensors(output)
+        must_be_tensors(output, example, format)
         call = Call.of(model, example, forward)
         several, alone = _several(model, example, forward)
         must_be_exportable(model, several, run, seen.reached)
+        must_repeat(call)
         plans = _plans(call, Call.of(model, several, forward), alone, dynamic)
         used = {one.path for one in seen.calls if one.used == "running"}
         for plan in plans[:-1]:
@@ -82,6 +90,21 @@ def export(
             except ExportError as error:
                 plans[-1] = Plan(call, None, error.fact)
         return _written(write, format, call, plans[-1], target, used)
+
+
+def _to_eval(model: nn.Module) -> None:
+    """Call `eval()`, which may be the model's own.
+
+    Raises:
+        StateError: It raised.
+    """
+    try:
+        model.eval()
+    except Exception as error:
+        raise StateError(
+            f"eval() of the model raised {first_line(error)}",
+            help="nothing was changed; the error above has the line",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -116,19 +139,6 @@ def _seen(model: nn.Module, example: object, run: Forward) -> tuple[Trace, objec
     return seen, outputs[0]
 
 
-def _must_be_tensors(output: object) -> None:
-    """Raise where an output is none that a graph can return; it leaves out those that are None."""
-    for leaf in tree_leaves(output):
-        if leaf is not None and not isinstance(leaf, Tensor):
-            kind = type(leaf).__name__
-            raise ExportError(
-                f"the model returns a {type(output).__name__} with {kind} in it, which no graph can"
-                if leaf is not output
-                else f"the model returns {kind}, which no graph can",
-                help="forward=lambda model, example: ... that returns the tensors alone",
-            )
-
-
 def _several(model: nn.Module, example: object, forward: Forward | None) -> tuple[object, str]:
     """Return the example with two samples at least, or why it has not."""
     size = size_of(example)
@@ -138,7 +148,8 @@ def _several(model: nn.Module, example: object, forward: Forward | None) -> tupl
         return example, ""
     twice = doubled(example)
     try:
-        Call.of(model, twice, forward).run()
+        with preserved(model):
+            Call.of(model, twice, forward).run()
     except Exception as error:
         return example, f"the model does not take two samples ({first_line(error)})"
     return twice, ""
@@ -167,15 +178,15 @@ def _written(
     write: Writer, format: Format, call: Call, plan: Plan, target: Path, used: set[str]
 ) -> ExportReport:
     """Write a file in one way, prove that it is right, and put it in its place."""
-    with written_whole(target) as path:
+    # A forward may count in its buffers: what is tried next starts from where this did.
+    with written_whole(target) as path, preserved(call.module):
         artifact = write(plan.call, plan.shapes, path)
         if any(norm.uses == "batch" for norm in artifact.stored.norms):
             must_not_use_the_batch(path)
         runs = proved(artifact, call, asked=plan.asked)
         beside = [p for p in path.parent.iterdir() if p != path]
         total = sum(p.stat().st_size for p in (path, *beside))
-    names = (norm.path.removeprefix(call.prefix) for norm in artifact.stored.norms)
-    paths = [".".join(without_wrappers(name)) for name in names]
+    paths = _paths(call, (norm.path for norm in artifact.stored.norms))
     return ExportReport(
         path=target,
         format=format,
@@ -189,3 +200,12 @@ def _written(
         size=total,
         data=target.parent / beside[0].name if beside else None,
     )
+
+
+def _paths(call: Call, stored: Iterable[str]) -> list[str]:
+    """Return paths in a file as reports have them: of a shared layer torch takes another name."""
+    named = dict(call.module.named_modules(remove_duplicate=False))
+    paths: dict[nn.Module | None, str] = {}
+    for path, module, _ in walk(call.model):
+        paths.setdefault(module, path)
+    return [paths.get(named.get(name), name) for name in stored]

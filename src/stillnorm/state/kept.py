@@ -7,6 +7,7 @@ them together.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -164,8 +165,18 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
                 attributes.clear()
                 attributes.update(before)
         for value, content in contents:
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
+            if not _holds(value, content):
+                value.clear()
+                value.extend(content) if isinstance(value, list) else value.update(content)
+
+
+def _holds(value: Any, content: Any) -> bool:
+    """Tell whether a container holds the same objects still: Keras's refuse to be filled again."""
+    if isinstance(value, set):
+        return bool(value == content)
+    if isinstance(value, dict):
+        value, content = ([part for item in x.items() for part in item] for x in (value, content))
+    return len(value) == len(content) and all(map(operator.is_, value, content))
 
 
 # What every module has; no forward writes there, except to buffers.

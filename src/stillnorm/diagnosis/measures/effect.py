@@ -90,7 +90,8 @@ def sign_flip_p(d: Tensor) -> float:
 def _signs(n: int) -> Tensor:
     """All sign patterns with the last sign fixed, or random ones when there are too many."""
     if n <= EXACT_UP_TO:
-        bits = torch.arange(2 ** (n - 1)).unsqueeze(1) >> torch.arange(n) & 1
+        numbers = torch.arange(2 ** (n - 1), device="cpu")  # whatever the default device is
+        bits = numbers.unsqueeze(1) >> torch.arange(n, device="cpu") & 1
         return 1 - 2 * bits
     generator = torch.Generator().manual_seed(n)
-    return 1 - 2 * torch.randint(0, 2, (FLIPS, n), generator=generator)
+    return 1 - 2 * torch.randint(0, 2, (FLIPS, n), generator=generator, device="cpu")
