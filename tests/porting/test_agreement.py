@@ -95,6 +95,15 @@ def test_other_outputs_raise() -> None:
         sn.port.compare(there, here, torch.randn(6, 9, 7, 3))
 
 
+def test_a_norm_without_statistics(ported: Any) -> None:
+    there, here, x = ported
+    here[2] = nn.BatchNorm1d(10, track_running_stats=False)
+    agreed = sn.port.compare(there, here, x)
+    assert agreed.settings == (("2", "has no running statistics in torch"),)
+    with pytest.raises(PortError, match="2: has no running statistics in torch"):
+        sn.port.from_keras(there, here, example=x, strict=False)
+
+
 def test_several_inputs_and_outputs() -> None:
     a, b = keras.Input((4,)), keras.Input((6, 3))
     x, y = layers.Dense(3, name="one")(a), layers.Conv1D(3, 2, name="two")(b)
@@ -172,3 +181,101 @@ def test_written(ported: Any) -> None:
     assert told["agreement"]["statistics"][0]["values"] == 16
     assert json.loads(report.agreement.to_json())["tolerance"] == 1e-3
     assert str(report.agreement).startswith("the models agree")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_example_gets_the_models_dtype(ported: Any, dtype: torch.dtype) -> None:
+    there, here, x = ported
+    assert sn.port.compare(there, here, x.to(dtype))
+    if dtype == torch.float64:
+        assert sn.port.compare(there, here, x.double().numpy())
+        assert sn.port.compare(there, here.double(), x)
+
+
+def test_an_example_that_is_not_taken(ported: Any) -> None:
+    there, here, x = ported
+    for example in (torch.randn(16, 7), x.tolist(), "x", {"input": x}):
+        with pytest.raises(PortError, match="the Keras model does not take the example: "):
+            sn.port.compare(there, here, example)
+    for example in (x.long(), torch.randn(3)):
+        with pytest.raises(PortError, match="the torch model does not take the example: "):
+            sn.port.compare(there, here, x, torch_example=example)
+    with pytest.raises(PortError, match="on the meta device"):
+        sn.port.compare(there, dense_twin().to("meta"), x)
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan"), "1e-3", None])
+def test_a_tolerance_that_cannot_be(ported: Any, tolerance: Any) -> None:
+    there, here, x = ported
+    with pytest.raises(ValueError, match="is no number of 0 or more"):
+        sn.port.compare(there, here, x, tolerance=tolerance)
+
+
+def test_what_learns_is_a_setting(ported: Any) -> None:
+    there, here, x = ported
+    here[2].weight.requires_grad_(False)
+    agreed = sn.port.compare(there, here, x)
+    assert agreed.settings == (("2", "requires_grad of weight is False in torch, True in Keras"),)
+    there.layers[1].gamma.trainable = False
+    assert sn.port.compare(there, here, x)
+
+
+class Noise(layers.Layer):
+    def __init__(self) -> None:
+        super().__init__(name="mine")
+        self.drawn = keras.random.SeedGenerator(1)
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return x + keras.random.normal(x.shape, seed=self.drawn) if training else x
+
+
+class Dropping(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize(
+    ("inside", "twin", "why"),
+    [
+        (layers.Dropout(0.5), Dropping(), "the torch model is random in train mode"),
+        (layers.Dropout(0.5), nn.RReLU(1, 1.1), "the torch model is random in train mode"),
+        (Noise(), nn.Identity(), "mine, a Noise, is random in train mode"),
+    ],
+)
+def test_whatever_is_random_leaves_the_step_out(inside: Any, twin: nn.Module, why: str) -> None:
+    there = keras.Sequential([keras.Input((6,)), inside, layers.BatchNormalization()])
+    here, x = nn.Sequential(twin, nn.BatchNorm1d(6)), torch.randn(8, 6)
+    report = sn.port.from_keras(there, here, example=x, tolerance=2)
+    assert why in report.agreement.not_compared
+
+
+def test_outputs_with_names_are_compared_by_name() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"second": self.b(x), "first": self.a(x)}
+
+    given = keras.Input((4,))
+    outputs = {n: layers.Dense(3, name=m)(given) for n, m in (("first", "a"), ("second", "b"))}
+    there = filled(keras.Model(given, outputs))
+    assert sn.port.from_keras(there, Two(), example=torch.randn(5, 4)).agreement
+
+
+def test_a_norm_that_is_called_on_batches_of_several_sizes() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.norm(x)[:, :, :2, :1])
+
+    given, norm = keras.Input((6, 6, 3)), layers.BatchNormalization()
+    there = filled(keras.Model(given, norm(layers.Cropping2D(((0, 4), (0, 5)))(norm(given)))))
+    here, x = Twice(), torch.randn(2, 6, 6, 3)
+    assert sn.port.from_keras(there, here, example=x).agreement.statistics[0].values == 4
+    here.norm.momentum = 0.02
+    assert not sn.port.compare(there, here, x).same_statistics

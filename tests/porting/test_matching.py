@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
 import torch
 from keras import layers
 from torch import nn
 
 import stillnorm as sn
-from porting.twins import NestedTwin, dense_net, dense_twin, filled, nested_net
+from porting.twins import NestedTwin, dense_net, dense_twin, filled, nested_net, same, values
 from stillnorm.errors import PortError, RefusedError, StateError
+from stillnorm.porting.keras.parts import read
 from support.fingerprint import Fingerprint
 
 
@@ -165,6 +167,102 @@ def test_what_is_no_model() -> None:
         sn.port.from_keras(keras.Sequential([layers.Dense(4)]), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="which='some'"):
         sn.port.from_keras(dense_net(), dense_twin(), which="some")  # type: ignore[arg-type]
+
+
+def test_names_that_are_no_map() -> None:
+    for names in (["a"], "a"):
+        with pytest.raises(PortError, match="no map and no function"):
+            sn.port.from_keras(two_dense(), TwoLinear(), names=names)  # type: ignore[arg-type]
+    with pytest.raises(PortError, match=r"\['first'\] is no layer of the torch model"):
+        sn.port.from_keras(two_dense(), TwoLinear(), names={"a": ["first"]})  # type: ignore[dict-item]
+
+
+class Own(keras.Model):
+    """Two layers of one name, and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = layers.Dense(4, name="x"), layers.Dense(4, name="x")
+        self.spare = layers.Dense(4, name="spare")
+
+    def call(self, x: Any) -> Any:
+        return self.two(self.one(x))
+
+
+def test_layers_of_one_name_cannot_be_mapped() -> None:
+    there = Own()
+    there(keras.ops.zeros((1, 4)))
+    with pytest.raises(PortError, match="several layers of the Keras model are called 'x'"):
+        sn.port.from_keras(there, nn.Sequential(nn.Linear(4, 4)), names={"x": "0"})
+
+
+def test_a_layer_that_is_never_called_is_refused_by_name() -> None:
+    there, here = Own(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    there(keras.ops.zeros((1, 4)))
+    with pytest.raises(RefusedError, match="spare cannot be ported: a Dense in Keras that has not"):
+        sn.port.from_keras(there, here)
+    x = torch.randn(3, 4)
+    report = sn.port.from_keras(there, here, strict=False, example=x)
+    assert report.agreement
+    assert [name for name, _ in report.refused] == ["spare"]
+    here.append(nn.Linear(4, 4))
+    with pytest.raises(PortError, match="left out is spare: a Dense in Keras that has not been"):
+        sn.port.from_keras(there, here)
+
+
+def test_keras_layers_that_share_a_kernel_and_torch_layers_that_do_not() -> None:
+    class Tied(layers.Dense):
+        def build(self, shape: Any) -> None:
+            self._kernel, self.bias, self.built = there.layers[0].kernel, None, True
+
+    there = keras.Sequential([keras.Input((4,)), layers.Dense(4, use_bias=False, name="a")])
+    there.add(Tied(4, name="b"))
+    here = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    before = values(there)
+    with pytest.raises(StateError, match="a and b share their weight in Keras, not in torch"):
+        sn.port.to_keras(here, there)
+    assert same(values(there), before)
+    here[1].weight = here[0].weight
+    assert sn.port.to_keras(here, there, example=torch.randn(3, 4)).agreement
+
+
+def test_buffers_that_overlap() -> None:
+    there = filled(
+        keras.Sequential([keras.Input((5,)), *(layers.BatchNormalization() for _ in range(2))])
+    )
+    here, whole = nn.Sequential(nn.BatchNorm1d(5), nn.BatchNorm1d(5)), torch.ones(7)
+    here[0]._buffers["running_var"], here[1]._buffers["running_var"] = whole[:5], whole[2:]
+    with pytest.raises(StateError, match="0 and 1 share their running_var in torch"):
+        sn.port.from_keras(there, here)
+    assert whole.tolist() == [1] * 7
+    # The same statistics in both are converted once.
+    here[1]._buffers["running_var"] = here[0].running_var
+    there.layers[1].moving_variance.assign(there.layers[0].moving_variance)
+    sn.port.from_keras(there, here, count=2)
+    expected = 2 * read(there.layers[0].moving_variance)
+    torch.testing.assert_close(here[0].running_var, expected)
+
+
+def test_what_is_no_keras_model() -> None:
+    for what in (keras.Input((5,)), keras.optimizers.SGD()):
+        with pytest.raises(PortError, match="is no Keras model"):
+            sn.port.from_keras(what, nn.Linear(5, 5))
+
+
+@pytest.mark.parametrize("count", [2.5, "32", [32], {"2": 2.5}])
+def test_counts_that_are_no_whole_numbers(count: Any) -> None:
+    with pytest.raises(PortError, match="is no whole number of values"):
+        sn.port.from_keras(dense_net(), dense_twin(), count=count)
+
+
+def test_counts_that_are_whole_numbers() -> None:
+    there = dense_net()
+    for n in (np.int64(2), torch.tensor(2), {"2": np.int32(2)}):
+        here = dense_twin()
+        report = sn.port.from_keras(there, here, count=n)
+        expected = 2 * read(there.layers[1].moving_variance)
+        torch.testing.assert_close(here[2].running_var, expected)
+        assert "of 1 norm whose count" in report.variance
 
 
 def test_counts_that_cannot_be() -> None:

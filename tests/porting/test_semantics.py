@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import stillnorm as sn
-from porting.twins import filled
+from porting.twins import filled, same, values
 from stillnorm.errors import PortError, RefusedError
 from stillnorm.porting.algebra import complement
 from stillnorm.porting.keras.parts import as_torch
@@ -50,6 +51,27 @@ def test_momentum_is_turned_over_and_back_exactly(momentum: float) -> None:
     sn.port.to_keras(here, again)
     assert the_norm(again).momentum == momentum
     assert complement(complement(momentum)) == momentum
+
+
+def test_numbers_of_numpy() -> None:
+    here, x = nn.BatchNorm1d(5), torch.randn(8, 5)
+    there = keras_norm(epsilon=np.float32(0.01))
+    the_norm(there).momentum = np.float64(0.9)
+    assert sn.port.from_keras(there, here, example=x).agreement
+    assert here.momentum == 0.1
+    here.momentum = np.float32(0.1)  # 1 less it has more digits than fit
+    assert sn.port.to_keras(here, there, example=x).agreement
+
+
+def test_what_was_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        here = nn.BatchNorm1d(5)
+    there = keras_norm()
+    assert sn.port.from_keras(there, here, example=torch.randn(8, 5)).agreement
+    before = here.running_mean.clone()
+    with pytest.raises(RefusedError, match="was made in inference mode"):
+        sn.port.from_keras(filled(keras_norm(center=False), 1), here)
+    assert torch.equal(here.running_mean, before)
 
 
 def test_what_keras_lacks_is_neutral_and_does_not_learn() -> None:
@@ -112,6 +134,28 @@ def test_trainable_false_is_held_and_back() -> None:
     assert the_norm(again).gamma.trainable
 
 
+needs_torch = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="sn.freeze holds Keras layers on torch alone"
+)
+
+
+@needs_torch
+@pytest.mark.parametrize("affine", ["frozen", "trains"])
+def test_a_layer_that_is_held_in_keras(affine: Any) -> None:
+    there, here, x = keras_norm(), nn.BatchNorm1d(5), torch.randn(8, 5)
+    sn.freeze(there, affine=affine)
+    report = sn.port.from_keras(there, here, example=x)
+    assert sn.is_frozen(here)
+    assert here.weight.requires_grad == (affine == "trains")
+    assert "held in Keras: held" in str(report)
+    report.undo()
+    assert not sn.is_frozen(here)
+    before = values(there)
+    with pytest.raises(RefusedError, match="in Keras, and not in torch: "):
+        sn.port.to_keras(here, there)
+    assert same(values(there), before)
+
+
 def test_undo_of_a_hold() -> None:
     here = nn.BatchNorm1d(5)
     before = {k: v.clone() for k, v in here.state_dict().items()}
@@ -120,6 +164,15 @@ def test_undo_of_a_hold() -> None:
     assert type(here) is nn.BatchNorm1d
     assert (here.eps, here.momentum, here.weight.requires_grad) == (1e-5, 0.1, True)
     assert all(torch.equal(here.state_dict()[k], v) for k, v in before.items())
+
+
+def test_what_learns_and_has_no_place_is_said() -> None:
+    x = torch.randn(8, 5)
+    report = sn.port.to_keras(nn.BatchNorm1d(5), keras_norm(scale=False), example=x)
+    assert "no gamma in Keras: weight, now 1, does not learn there" in str(report)
+    there = keras.Sequential([keras.Input((5,)), keras.layers.BatchNormalization()])
+    report = sn.port.from_keras(there, nn.BatchNorm1d(5, affine=False), example=x)
+    assert "no bias in torch: beta, now 0, does not learn there" in str(report)
 
 
 def test_held_with_a_learning_affine_has_no_twin() -> None:

@@ -72,6 +72,8 @@ def test_update_ops_of_thread_001() -> None:
     assert "UPDATE_OPS" in one.tensorflow1
     assert "SN101" in one.bites
     assert "keep_prob" in row("Dropout").tensorflow1
+    # A layer that is not trainable hands out no updates: tf.layers.Layer.updates is empty.
+    assert "UPDATE_OPS gets no updates" in row("What trainable=False does").tensorflow1
 
 
 def test_written() -> None:

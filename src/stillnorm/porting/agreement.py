@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from stillnorm.errors import PortError
 from stillnorm.norms import write
 from stillnorm.porting.algebra import complement
 from stillnorm.porting.keras.parts import KerasPart, as_torch
-from stillnorm.porting.keras.running import left_as_found, random_layer, run
+from stillnorm.porting.keras.running import cause, left_as_found, random_layer, run
 from stillnorm.porting.matching import Pair
 from stillnorm.porting.report import Agreement, StatisticsError
 from stillnorm.porting.torch_layers import TorchPart
@@ -38,33 +39,38 @@ def agreement(
     Both are left as they were. See `stillnorm.porting.compare` for the arguments.
     """
     last = any(_is_channels_last(part) for part, _ in pairs)
-    place = next((p.device for p in model.parameters()), torch.device("cpu"))
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if like.is_meta:
+        raise PortError("the torch model is on the meta device", help="give it values first")
 
     def given() -> Any:
         if torch_example is not None:
-            return _each(torch_example, lambda value: as_torch(value).to(place))
-        return _each(example, lambda value: _moved(as_torch(value), last).to(place))
+            return _each(torch_example, lambda value: as_torch(value).to(like.device))
+        return _each(example, lambda value: _as_input(_moved(as_torch(value), last), like))
 
     with left_as_found(keras_model), preserved(model), torch.no_grad(), eager():
-        with eval_mode(model):
-            ours = list(tensors_in(call_example(model, given())))
-        error, largest = _outputs(run(keras_model, example, training=False), ours, last)
+        with _taken("Keras", "example= is what the Keras model takes: an array, or several"):
+            theirs = run(keras_model, example, training=False)
+        with eval_mode(model), _taken("torch", "torch_example= is the input as torch takes it"):
+            ours = call_example(model, given())
+        error, largest = _outputs(*_flat(theirs, ours), last)
         rows: tuple[StatisticsError, ...] = ()
-        reason = _random(keras_model, model)
+        reason = f"{layer}, is random in train mode" if (layer := random_layer(keras_model)) else ""
         norms = [pair for pair in pairs if pair[1].norm is not None]
-        if reason is None and norms:
-            for pair in norms:
+        kept = [pair for pair in norms if "running_mean" in pair[1].tensors()]
+        if kept and not reason:
+            for pair in kept:
                 _start_from_zero(*pair)
-            before = [(_moments(one.read), _moments(twin.tensors().get)) for one, twin in norms]
-            with _counted(norms) as counts:
+            before = [(_moments(one.read), _moments(twin.tensors().get)) for one, twin in kept]
+            with _counted(kept) as counts:
                 reason = _step(keras_model, model, example, given())
-            if reason is None:
+            if not reason:
                 rows = tuple(
                     _row(one, twin, *was, counts[twin.module])
-                    for (one, twin), was in zip(norms, before, strict=True)
+                    for (one, twin), was in zip(kept, before, strict=True)
                 )
     settings = tuple((twin.path, what) for one, twin in norms for what in _settings(one, twin))
-    return Agreement(error, largest, tolerance, settings, rows, reason or "")
+    return Agreement(error, largest, tolerance, settings, rows, reason)
 
 
 def _settings(one: KerasPart, twin: TorchPart) -> Iterator[str]:
@@ -72,17 +78,44 @@ def _settings(one: KerasPart, twin: TorchPart) -> Iterator[str]:
     norm, layer = twin.norm, one.layer
     if norm is None:
         return
+    if not norm.has_statistics:
+        yield "has no running statistics in torch"
+        return
     held = norm.hold is not None or norm.family == "frozen"
-    theirs: dict[str, object] = {"eps": layer.epsilon, "frozen": not layer.trainable}
-    ours: dict[str, object] = {"eps": norm.eps, "frozen": held}
+    theirs: dict[str, float] = {"eps": layer.epsilon, "frozen": not one.updates}
+    ours: dict[str, float | None] = {"eps": norm.eps, "frozen": held}
     if not held:
         theirs["momentum"], ours["momentum"] = complement(layer.momentum), norm.momentum
+    if not held and one.updates:
+        for name in ("weight", "bias"):
+            stored, tensor = one.stored.get(name), twin.tensors().get(name)
+            if stored is not None and tensor is not None:
+                theirs[f"requires_grad of {name}"] = stored.variable.trainable
+                ours[f"requires_grad of {name}"] = tensor.requires_grad
     for name, value in ours.items():
-        if value != theirs[name]:
+        if value is None or not math.isclose(value, theirs[name], rel_tol=1e-9, abs_tol=1e-15):
             yield f"{name} is {value} in torch, {theirs[name]} in Keras"
 
 
 # ------------------------------------------------------------------------------- outputs
+
+
+@contextmanager
+def _taken(side: str, help: str) -> Iterator[None]:
+    """Say which model does not take the example, whatever it raises."""
+    try:
+        yield
+    except Exception as error:
+        raise PortError(
+            f"the {side} model does not take the example: {cause(error)}", help=help
+        ) from error
+
+
+def _flat(theirs: Any, ours: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the outputs of both, in one order where they have names."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping) and theirs.keys() == ours.keys():
+        ours = [ours[name] for name in theirs]
+    return list(tensors_in(theirs)), list(tensors_in(ours))
 
 
 def _outputs(theirs: list[Tensor], ours: list[Tensor], last: bool) -> tuple[float, float]:
@@ -115,33 +148,32 @@ def _largest(values: Tensor) -> float:
 # ------------------------------------------------------------------------------- one step
 
 
-def _random(keras_model: Any, model: nn.Module) -> str | None:
-    """Say what makes a forward in train mode random, past the dropouts, which are switched off."""
-    if (layer := random_layer(keras_model)) is not None:
-        return f"{layer}, is random in train mode"
-    if any(isinstance(module, nn.RReLU) for module in model.modules()):
-        return "an RReLU in torch is random in train mode"
-    return None
-
-
-def _step(keras_model: Any, model: nn.Module, example: object, given: object) -> str | None:
-    """Run both models in train mode, nothing dropped; return why that cannot be done."""
+def _step(keras_model: Any, model: nn.Module, example: object, given: object) -> str:
+    """Run both models in train mode, nothing dropped; return why that says nothing."""
     model.train()
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.eval()
+    before = _random_state()
     try:
         call_example(model, given)
-    except ValueError as error:  # one value in each channel
+    except (ValueError, RuntimeError) as error:  # one value in each channel; inference tensors
         return f"in train mode the torch model does not take the example: {error}"
+    if not all(map(torch.equal, before, _random_state())):  # a functional dropout, a dropped path
+        return "the torch model is random in train mode, dropout layers off"
     run(keras_model, example, training=True)
-    return None
+    return ""
+
+
+def _random_state() -> list[Tensor]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [torch.get_rng_state(), *cuda]
 
 
 def _start_from_zero(one: KerasPart, twin: TorchPart) -> None:
     """Let the statistics of a pair that learns be what one batch adds, and nothing besides."""
     norm = twin.norm
-    if norm is not None and one.layer.trainable and norm.updates_statistics(training=True):
+    if norm is not None and one.updates and norm.updates_statistics(training=True):
         for name in _STATISTICS:
             zeros = torch.zeros(one.geometry.weight)
             one.write(name, zeros)
@@ -172,14 +204,17 @@ def _row(
     """Compare what the statistics are now with what Keras made of its own."""
     mean, var = _moments(twin.tensors().get)
     mean_there, var_there = _moments(one.read)
-    if not one.layer.trainable or not calls:
+    if not one.updates or not calls:
         n = None
         expected_mean, expected_var = here
     else:
-        n = min(calls)
+        n, most = min(calls), max(calls)
         kept = (1 - complement(one.layer.momentum)) ** len(calls)
         expected_mean = kept * here[0] + (mean_there - kept * there[0])
-        expected_var = kept * here[1] + n / max(n - 1, 1) * (var_there - kept * there[1])
+        added = var_there - kept * there[1]
+        # Several calls may have several n: the variance is between what they would make of it.
+        bounds = [kept * here[1] + added * (k / max(k - 1, 1)) for k in (most, n)]
+        expected_var = var.clamp(*bounds)
     largest = _largest(expected_var)
     return StatisticsError(
         twin.path,
@@ -208,6 +243,11 @@ def _is_channels_last(part: KerasPart) -> bool:
         return getattr(layer, "data_format", None) == "channels_last"
     rank = layer.input_spec.ndim
     return bool(rank > 2 and layer.axis % rank == rank - 1)
+
+
+def _as_input(value: Tensor, like: Tensor) -> Tensor:
+    """Give an input the device of the parameters, and their dtype, as Keras does."""
+    return value.to(like if value.is_floating_point() else like.device)
 
 
 def _moved(value: Tensor, last: bool) -> Tensor:

@@ -9,6 +9,7 @@ of squares over n. Keras keeps that one, torch the unbiased one, over n - 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from decimal import Decimal
 
 import torch
@@ -24,7 +25,7 @@ def complement(momentum: float) -> float:
         >>> complement(0.99), complement(complement(0.99)), complement(0.1)
         (0.01, 0.99, 0.9)
     """
-    return float(1 - Decimal(repr(momentum)))
+    return float(1 - Decimal(repr(float(momentum))))
 
 
 def unbiased(variance: Tensor, n: int) -> Tensor:
@@ -99,29 +100,23 @@ def depthwise_to_keras(weight: Tensor, channels: int) -> Tensor:
 # ------------------------------------------------------------------------------- flattened maps
 
 
-def channels_first(values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Reorder the first axis, a flattened map of `shape` (*k, C), to that of a map (C, *k).
+def flat_order(shape: Sequence[int], *, moved: bool, channels_first: bool) -> Tensor:
+    """Return where Keras has each feature of a flattened map, in torch's order.
 
-    Keras flattens with the channels last, torch with them first: what comes after takes its
-    features in another order.
+    Torch flattens (C, *k). What `order` this gives of a Keras array `values` is
+    ``values[order]``, and back ``values[order.argsort()]``.
+
+    Args:
+        shape: The map's shape in Keras, without the batch.
+        moved: Whether its first axis is moved last before, by Flatten(data_format=).
+        channels_first: Whether C is the first axis there, and not the last.
 
     Example:
-        >>> channels_first(torch.tensor([0, 1, 2, 3, 4, 5]), (3, 2))
+        >>> flat_order((3, 2), moved=False, channels_first=False)
         tensor([0, 2, 4, 1, 3, 5])
     """
-    return values[_order(shape)]
-
-
-def channels_last(values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Do the inverse of `channels_first`.
-
-    Example:
-        >>> channels_last(torch.tensor([0, 2, 4, 1, 3, 5]), (3, 2))
-        tensor([0, 1, 2, 3, 4, 5])
-    """
-    return values[_order(shape).argsort()]
-
-
-def _order(shape: tuple[int, ...]) -> Tensor:
-    index = torch.arange(math.prod(shape)).reshape(shape)
-    return index.movedim(-1, 0).reshape(-1)
+    index = torch.arange(math.prod(shape))
+    if moved:
+        index = index.reshape(*shape[1:], shape[0]).movedim(-1, 0)
+    index = index.reshape(*shape)
+    return (index if channels_first else index.movedim(-1, 0)).reshape(-1)

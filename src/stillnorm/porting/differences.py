@@ -12,6 +12,7 @@ _TORCH_CODE = "torch/nn/modules/batchnorm.py"
 _KERAS = "https://keras.io/api/layers/normalization_layers/batch_normalization"
 _KERAS_CODE = "keras/src/layers/normalization/batch_normalization.py"
 _TF1 = "https://www.tensorflow.org/versions/r1.15/api_docs/python/tf/layers/batch_normalization"
+_TF1_CODE = ("tensorflow/python/layers/base.py", "tensorflow/python/keras/engine/base_layer.py")
 _TF1_DROPOUT = "https://www.tensorflow.org/versions/r1.15/api_docs/python/tf/nn/dropout"
 _FLAX = "https://flax.readthedocs.io/en/latest/api_reference/flax.nnx/nn/normalization.html"
 _FLAX_CODE = "flax/nnx/nn/normalization.py"
@@ -172,7 +173,7 @@ _DIFFERENCES = (
         "eval() on the layer after each train() above it, or `sn.freeze` once",
         "trainable=False on the layer, and compile() again",
         "training=False in the call",
-        "use_running_average=True",
+        "use_running_average=True in the call; set on the module, the next train() takes it back",
         "the next model.train() thaws a layer in eval mode (SN003)",
         (_TORCH_CODE, _KERAS, _TF1, _FLAX),
     ),
@@ -182,10 +183,11 @@ _DIFFERENCES = (
         "still normalises by the batch",
         "inference mode, too: normalises by the moving statistics, updates none, and gamma and "
         "beta stay",
-        "gamma and beta are no trainable variables; statistics and mode do not change",
+        "gamma and beta are no trainable variables, and UPDATE_OPS gets no updates of the "
+        "statistics; with training=True it still normalises by the batch",
         "no such flag: the optimizer is told which parameters train",
         "Keras' way expected of PyTorch: the frozen layer still depends on the batch",
-        (_TORCH_CODE, _KERAS, _TF1, _FLAX),
+        (_TORCH_CODE, _KERAS, _TF1, *_TF1_CODE, _FLAX),
     ),
     Difference(
         "Dropout",

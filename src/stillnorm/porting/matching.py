@@ -69,20 +69,28 @@ _HELP = {
 
 
 def _by_map(keras: Sequence[KerasPart], torch: Sequence[TorchPart], names: Names) -> Matching:
+    if not (callable(names) or isinstance(names, Mapping)):
+        raise PortError(f"names= is a {type(names).__name__}, no map and no function", help=_MAP)
     parts = {part.name: part for part in keras}
     paths = {part.path: part for part in torch}
-    named = {name: names(name) for name in parts} if callable(names) else dict(names or {})
+    named = {name: names(name) for name in parts} if callable(names) else dict(names)
     for given, known, what in (
         (named.keys(), parts, "layer of the Keras model"),
         (named.values(), paths, "layer of the torch model"),
     ):
         for name in given:
-            if name not in known:
+            if not isinstance(name, str) or name not in known:
                 near = get_close_matches(str(name), known, n=3, cutoff=0.4) or list(known)[:3]
                 raise PortError(
                     f"names=: {name!r} is no {what} that has weights to port",
                     help=f"nearest: {', '.join(near)}",
                 )
+    for name in named:
+        if sum(part.name == name for part in keras) > 1:
+            raise PortError(
+                f"names=: several layers of the Keras model are called {name!r}",
+                help="name them apart where they are made: layers.Dense(10, name='head')",
+            )
     if len(set(named.values())) < len(named):
         twice = next(path for path in named.values() if list(named.values()).count(path) > 1)
         raise PortError(

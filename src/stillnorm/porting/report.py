@@ -19,7 +19,8 @@ class StatisticsError:
     Args:
         path: The path of the torch layer.
         name: The name of the Keras layer.
-        values: n, the number of values in each channel; None where nothing is updated.
+        values: n, the number of values in each channel, the least where the layer is called several
+            times; None where nothing is updated.
         mean: The largest difference of the running means, relative to the larger of the largest
             mean and the largest deviation.
         variance: That of the running variances, relative to the largest; of Keras' update first

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from stillnorm.holding import hold, release, remember, why_not, why_not_release
 from stillnorm.norms import NormLayer
+from stillnorm.norms.hold import Affine, hold_of
 from stillnorm.porting.algebra import complement
 from stillnorm.porting.keras.parts import KerasPart
 from stillnorm.porting.part import Refusal
@@ -37,8 +38,9 @@ def to_torch(one: KerasPart, norm: NormLayer, surgery: Surgery) -> Iterator[str]
     """
     _refuse(one, norm)
     layer, module = one.layer, norm.module
-    frozen = not layer.trainable
-    if norm.family == "frozen" and not frozen:
+    frozen, held = not one.updates, hold_of(layer)
+    affine: Affine = "trains" if held is not None and held.affine == "trains" else "frozen"
+    if norm.family == "frozen" and layer.trainable:
         raise Refusal(f"{norm.kind} is always frozen, and in Keras the layer is trainable")
     if norm.hold is not None and not frozen:
         if reason := why_not_release(norm):
@@ -55,12 +57,15 @@ def to_torch(one: KerasPart, norm: NormLayer, surgery: Surgery) -> Iterator[str]
         if (tensor := tensors.get(name)) is None:
             if value is not None and bool((value != neutral).any()):
                 raise Refusal(f"has no {name} in torch (affine=False), and {keras_name} in Keras")
+            if value is not None and not frozen:
+                yield f"no {name} in torch: {keras_name}, now {neutral:g}, does not learn there"
             continue
         surgery.write(tensor, torch.full_like(tensor, neutral) if value is None else value)
         if value is None:
             yield f"no {keras_name} in Keras: {name} is {neutral:g} and does not learn"
         if norm.hold is None and isinstance(tensor, nn.Parameter):
-            learns = value is not None and (frozen or one.stored[name].variable.trainable)
+            kept = frozen and affine == "frozen"  # what a hold puts back
+            learns = value is not None and (kept or one.stored[name].variable.trainable)
             _require_grad(surgery, tensor, learns)
     for name in _STATISTICS:
         value = one.read(name)
@@ -68,12 +73,13 @@ def to_torch(one: KerasPart, norm: NormLayer, surgery: Surgery) -> Iterator[str]
             surgery.write(tensors[name], value)
     if getattr(layer, "synchronized", False) and not isinstance(module, nn.SyncBatchNorm):
         yield "synchronized in Keras: SyncBatchNorm.convert_sync_batchnorm does that in torch"
-    if frozen and norm.family != "frozen" and (norm.hold is None or norm.hold.affine != "frozen"):
-        if reason := why_not(norm, "frozen"):
-            raise Refusal(f"cannot be held, as trainable=False is in Keras: {reason}")
+    if frozen and norm.family != "frozen" and (norm.hold is None or norm.hold.affine != affine):
+        there = "trainable=False" if held is None else "held"
+        if reason := why_not(norm, affine):
+            raise Refusal(f"cannot be held, as it is by {there} in Keras: {reason}")
         surgery.note(remember(module))
-        hold(module, "frozen")
-        yield "trainable=False in Keras: held"
+        hold(module, affine)
+        yield f"{there} in Keras: held"
 
 
 def to_keras(one: KerasPart, norm: NormLayer, surgery: Surgery) -> Iterator[str]:
@@ -87,6 +93,8 @@ def to_keras(one: KerasPart, norm: NormLayer, surgery: Surgery) -> Iterator[str]
     held = norm.family == "frozen" or norm.hold is not None
     if norm.hold is not None and norm.hold.affine == "trains" and norm.trains_affine:
         raise Refusal("is held while its affine trains: trainable=False in Keras freezes both")
+    if hold_of(layer) is not None and not held:
+        raise Refusal("is held by sn.freeze in Keras, and not in torch: sn.unfreeze it there first")
     if norm.momentum is None and norm.family != "frozen":
         raise Refusal("averages over all batches (momentum=None), which Keras cannot")
     _set_keras(surgery, layer, "epsilon", norm.eps)
@@ -99,6 +107,8 @@ def to_keras(one: KerasPart, norm: NormLayer, surgery: Surgery) -> Iterator[str]
         if name not in one.stored:
             if tensor is not None and bool((tensor != neutral).any()):
                 raise Refusal(f"has no {keras_name} in Keras, and a {name} in torch")
+            if tensor is not None and tensor.requires_grad and not held:
+                yield f"no {keras_name} in Keras: {name}, now {neutral:g}, does not learn there"
             continue
         value = torch.full(one.geometry.weight, neutral) if tensor is None else tensor
         write_keras(surgery, one, name, value)
@@ -167,5 +177,9 @@ def _train(surgery: Surgery, layer: Any, value: bool) -> None:
 
 def _require_grad(surgery: Surgery, parameter: nn.Parameter, value: bool) -> None:
     before = parameter.requires_grad
+    if before == value:
+        return
+    if parameter.is_inference() and not torch.is_inference_mode_enabled():
+        raise Refusal("was made in inference mode, in torch: what learns there cannot be set")
     surgery.note(lambda: parameter.requires_grad_(before))
     parameter.requires_grad_(value)

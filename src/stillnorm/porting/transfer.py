@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -14,6 +16,7 @@ from stillnorm.porting.part import Refusal
 from stillnorm.porting.report import Agreement, Ported, PortReport
 from stillnorm.porting.torch_layers import parts_of as torch_parts
 from stillnorm.repair.surgery import Surgery, refuse_wrapped
+from stillnorm.reports.numbers import count as plural
 
 if TYPE_CHECKING:
     from stillnorm.porting.matching import Matching, Names, Pair
@@ -47,6 +50,10 @@ class Check:
     example: object
     torch_example: object
     tolerance: float
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.tolerance, Real) and self.tolerance >= 0):
+            raise ValueError(f"tolerance={self.tolerance!r} is no number of 0 or more")
 
     def run(self, keras_model: Any, model: nn.Module, pairs: Sequence[Pair]) -> Agreement:
         """Compare the models; both are left as found."""
@@ -85,7 +92,7 @@ def transfer(
                 done[pair] = Ported(one.name, twin.path, one.geometry.kind, notes)
         if strict and refused:
             raise _refused(refused)
-        _must_hold(done)
+        _must_hold(done, direction.to)
         agreed = None
         if check.example is not None:
             agreed = check.run(keras_model, model, matching.pairs)
@@ -126,7 +133,9 @@ def matched(
 
     if not isinstance(model, nn.Module) or keras_parts.is_keras_model(model):
         raise PortError(f"a {type(model).__name__} is no model of torch's own", help=_ORDER)
-    if not keras_parts.is_built(keras_model):
+    if not keras_parts.is_keras_model(keras_model):
+        raise PortError(f"a {type(keras_model).__name__} is no Keras model", help=_ORDER)
+    if not keras_model.built:
         raise PortError(
             f"{keras_model.name} is not built: it has no weights yet",
             help="call it once on an example, or give it an Input",
@@ -136,7 +145,14 @@ def matched(
     if which == "norms":
         theirs = [part for part in theirs if part.geometry.kind == "batch norm"]
         ours = [part for part in ours if part.norm is not None]
-    matching = match(theirs, ours, names)
+    try:
+        matching = match(theirs, ours, names)
+    except PortError as error:
+        if not (others := their_others + our_others):
+            raise
+        name, reason = others[0]
+        left = f"; left out is {name or '(root)'}: {reason}"
+        raise PortError(error.fact, help=error.help + left) from None
     some = which == "norms" or isinstance(names, Mapping)
     return matching, [] if some else their_others + our_others
 
@@ -144,35 +160,51 @@ def matched(
 def _counts(count: Count, pairs: Sequence[Pair]) -> dict[str, int]:
     """Return n by torch path."""
     paths = [twin.path for _, twin in pairs if twin.norm is not None]
-    counts = dict(count) if isinstance(count, Mapping) else {}
-    if isinstance(count, int):
-        counts = dict.fromkeys(paths, count)
+    if count is None:
+        return {}
+    counts = dict(count) if isinstance(count, Mapping) else dict.fromkeys(paths, count)
+    help = "batch size times height times width"
     for path, n in counts.items():
         if path not in paths:
             raise PortError(f"count=: {path!r} is no batch norm", help=f"it has {', '.join(paths)}")
-        if n < 2:
+        try:
+            counts[path] = operator.index(n)
+        except TypeError:
+            raise PortError(f"count={n!r} is no whole number of values", help=help) from None
+        if counts[path] < 2:
             raise PortError(
-                f"count={n}: of less than 2 values there is no unbiased variance",
-                help="batch size times height times width",
+                f"count={n}: of less than 2 values there is no unbiased variance", help=help
             )
     return counts
 
 
-def _must_hold(pairs: Mapping[Pair, Ported]) -> None:
-    """Raise where a tensor that several layers have did not keep the value of one of them."""
-    users: dict[int, list[tuple[str, Pair]]] = {}
+def _must_hold(pairs: Collection[Pair], to: str) -> None:
+    """Raise where a layer has no longer what it was given, for another one has the same memory."""
     for pair in pairs:
-        for name, tensor in pair[1].tensors().items():
-            users.setdefault(id(tensor), []).append((name, pair))
-    for tied in (users for users in users.values() if len(users) > 1):
-        for name, (one, twin) in tied:
-            tensor, value = twin.tensors()[name].detach().cpu(), one.read(name)
-            if value is not None and not same_bits(tensor, value.to(tensor.dtype)):
-                paths = " and ".join(twin.path for _, (_, twin) in tied)
+        one, twin = pair
+        for name, tensor in twin.tensors().items():
+            there, here = one.read(name), tensor.detach().cpu().contiguous()
+            if there is None:
+                continue
+            given, has = (there, here) if to == "torch" else (here, there)
+            if not same_bits(given.to(has.dtype), has):
+                tied = [_named(q, to) for q in pairs if _memory(q, to) & _memory(pair, to)]
+                here_alone = "torch, and not in Keras" if to == "torch" else "Keras, not in torch"
                 raise StateError(
-                    f"{paths} share their {name} in torch, and not in Keras",
-                    help="untie them in torch, or tie the layers in Keras",
+                    f"{' and '.join(tied)} share their {name} in {here_alone}",
+                    help="untie them, or tie the layers on the other side",
                 )
+
+
+def _named(pair: Pair, to: str) -> str:
+    return pair[1].path if to == "torch" else pair[0].name
+
+
+def _memory(pair: Pair, to: str) -> set[int]:
+    """Return what tells the memory of a layer's tensors, or its variables."""
+    if to == "keras":
+        return {id(stored.variable) for stored in pair[0].stored.values()}
+    return {tensor.untyped_storage().data_ptr() for tensor in pair[1].tensors().values()}
 
 
 def _refused(refused: list[tuple[str, str]]) -> RefusedError:
@@ -199,4 +231,4 @@ def _variance(direction: Direction, counts: int) -> str:
             "one, torch n / (n - 1) times it: count= converts"
         )
     factor = "n / (n - 1)" if direction.to == "torch" else "(n - 1) / n"
-    return f"variance: times {factor}, of {counts} norms whose count was given"
+    return f"variance: times {factor}, of {plural(counts, 'norm')} whose count was given"

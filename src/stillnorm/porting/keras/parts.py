@@ -6,7 +6,6 @@ takes is torch's, in torch's layout, on the CPU.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,32 +16,20 @@ import torch
 from keras import layers
 from torch import Tensor
 
+from stillnorm.norms.hold import hold_of
 from stillnorm.porting.algebra import (
-    channels_first,
-    channels_last,
     depthwise_to_keras,
     depthwise_to_torch,
     kernel_to_keras,
     kernel_to_torch,
 )
-from stillnorm.porting.part import Geometry
+from stillnorm.porting.keras.features import Graph, feature_order, graph_of
+from stillnorm.porting.part import Geometry, Refusal
 
 _CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 _SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
-# What hands every feature on in its place, so that the one before tells their order.
-_ELEMENTWISE = (
-    layers.Activation,
-    layers.ActivityRegularization,
-    layers.BatchNormalization,
-    layers.Dropout,
-    layers.ELU,
-    layers.GaussianDropout,
-    layers.GaussianNoise,
-    layers.LeakyReLU,
-    layers.ReLU,
-)
 
 Map = Callable[[Tensor], Tensor]
 
@@ -71,6 +58,11 @@ class KerasPart:
     layer: Any
     geometry: Geometry
     stored: Mapping[str, Stored] = field(repr=False)
+
+    @property
+    def updates(self) -> bool:
+        """Whether a batch norm updates its statistics in train mode."""
+        return bool(self.layer.trainable) and hold_of(self.layer) is None
 
     def read(self, name: str) -> Tensor | None:
         """Return a value as torch has it; None where the layer has none."""
@@ -111,17 +103,20 @@ def is_keras_model(model: object) -> bool:
     return isinstance(model, layers.Layer)
 
 
-def is_built(model: Any) -> bool:
-    """Tell whether the model and its layers have their variables."""
-    return all(layer.built for _, layer in all_layers(model))
-
-
 def parts_of(model: Any) -> tuple[list[KerasPart], list[tuple[str, str]]]:
     """Return the layers that can be ported, in the model's order; (name, reason) of the others."""
     parts: list[KerasPart] = []
     others: list[tuple[str, str]] = []
+    graph = graph_of(layer for _, layer in all_layers(model))
     for name, layer in all_layers(model):
-        found = list(_parts(name, layer))
+        if not layer.built:
+            others.append((name, f"a {type(layer).__name__} in Keras that has not been called yet"))
+            continue
+        try:
+            found = list(_parts(name, layer, graph))
+        except Refusal as reason:
+            others.append((name, str(reason)))
+            continue
         known = {id(one.variable) for part in found for one in part.stored.values()}
         if extra := [weight for weight in _own(layer) if id(weight) not in known]:
             kind = type(layer).__name__
@@ -161,16 +156,15 @@ def _own(layer: Any) -> list[Any]:
     return [weight for weight in layer.weights if id(weight) not in inside]
 
 
-def _parts(name: str, layer: Any) -> Iterator[KerasPart]:
+def _parts(name: str, layer: Any, graph: Graph) -> Iterator[KerasPart]:
     """Yield what torch layers a Keras layer is; nothing for an unknown one."""
     # With LoRA or quantisation the kernel is a value computed from other variables.
     if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
         return
     if isinstance(layer, layers.BatchNormalization):
-        yield _batch_norm(name, layer)
+        yield _batch_norm(name, layer, feature_order(layer, graph))
     elif isinstance(layer, layers.Dense):
-        shape = flattened(layer)
-        into = _kernel(layer.kernel) if shape is None else _after_flatten(layer.kernel, shape)
+        into = _kernel(layer.kernel, feature_order(layer, graph))
         geometry = Geometry("dense layer", tuple(layer.kernel.shape[::-1]), layer.bias is not None)
         yield KerasPart(name, layer, geometry, {"weight": into, **_bias(layer.bias)})
     elif isinstance(layer, _DEPTHWISE):
@@ -196,20 +190,15 @@ def _parts(name: str, layer: Any) -> Iterator[KerasPart]:
         yield KerasPart(name, layer, geometry, stored)
 
 
-def _batch_norm(name: str, layer: Any) -> KerasPart:
+def _batch_norm(name: str, layer: Any, order: Tensor | None) -> KerasPart:
     variables = {
         "weight": layer.gamma,
         "bias": layer.beta,
         "running_mean": layer.moving_mean,
         "running_var": layer.moving_variance,
     }
-    shape = flattened(layer)
-    maps = (
-        ()
-        if shape is None
-        else (partial(channels_first, shape=shape), partial(channels_last, shape=shape))
-    )
-    stored = {key: Stored(one, *maps) for key, one in variables.items() if one is not None}
+    there, back = partial(_there, order), partial(_back, order)
+    stored = {key: Stored(one, there, back) for key, one in variables.items() if one is not None}
     return KerasPart(name, layer, Geometry("batch norm", tuple(layer.moving_mean.shape)), stored)
 
 
@@ -234,38 +223,22 @@ def _shape(kernel: Any) -> tuple[int, ...]:
     return (b, a, *size)
 
 
-def _kernel(variable: Any) -> Stored:
-    return Stored(variable, kernel_to_torch, kernel_to_keras)
-
-
-def _after_flatten(variable: Any, shape: tuple[int, ...]) -> Stored:
+def _kernel(variable: Any, order: Tensor | None = None) -> Stored:
     return Stored(
         variable,
-        lambda value: kernel_to_torch(channels_first(value, shape)),
-        lambda value: channels_last(kernel_to_keras(value), shape),
+        lambda value: kernel_to_torch(_there(order, value)),
+        lambda value: _back(order, kernel_to_keras(value)),
     )
+
+
+def _there(order: Tensor | None, value: Tensor) -> Tensor:
+    """Put the features on the first axis in torch's order."""
+    return value if order is None else value[order]
+
+
+def _back(order: Tensor | None, value: Tensor) -> Tensor:
+    return value if order is None else value[order.argsort()]
 
 
 def _bias(variable: Any) -> dict[str, Stored]:
     return {} if variable is None else {"bias": Stored(variable)}
-
-
-def flattened(layer: Any) -> tuple[int, ...] | None:
-    """Return the shape (*k, C) of the map whose flattened values a layer takes, if that is known.
-
-    Only a functional or sequential model knows which layer comes before which.
-    """
-    while True:
-        try:
-            before = layer.input._keras_history.operation
-        except (AttributeError, ValueError):  # called never, several times, or on several tensors
-            return None
-        if isinstance(before, layers.Flatten):
-            shape = tuple(before.input.shape[1:])
-            if before.data_format == "channels_first":  # it moves the channels last itself
-                shape = (*shape[1:], shape[0])
-            known = len(shape) > 1 and all(isinstance(size, int) for size in shape)
-            return shape if known and math.prod(shape[:-1]) > 1 else None
-        if not isinstance(before, _ELEMENTWISE):
-            return None
-        layer = before

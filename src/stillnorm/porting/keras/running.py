@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 import torch
 from keras import layers
-from torch import Tensor
 
+from stillnorm.norms import same_bits
 from stillnorm.porting.keras.parts import all_layers, as_torch, assign, read
 
 _DROPOUT = (
@@ -26,36 +27,58 @@ _DROPOUT = (
 @contextlib.contextmanager
 def left_as_found(model: Any) -> Iterator[None]:
     """Switch dropout off inside the block; afterwards put back every variable that changed."""
-    variables = list(model.variables)
-    before = [read(variable) for variable in variables]
+    before = [(variable, read(variable)) for variable in model.variables]
     rates = [(layer, layer.rate) for _, layer in all_layers(model) if isinstance(layer, _DROPOUT)]
+
+    def restore() -> None:
+        for layer, rate in rates:
+            layer.rate = rate
+        for variable, value in before:
+            if not same_bits(read(variable), value):
+                assign(variable, value)
+
     try:
         for layer, _ in rates:
             layer.rate = 0
         yield
     finally:
-        for layer, rate in rates:
-            layer.rate = rate
-        for variable, value in zip(variables, before, strict=True):
-            if not torch.equal(read(variable), value):
-                assign(variable, value)
+        try:
+            restore()
+        except BaseException:
+            restore()  # Ctrl-C on the way back does not stop it
+            raise
 
 
 def random_layer(model: Any) -> str | None:
     """Name a layer that draws random numbers in train mode, past the dropouts; None for none."""
     for name, layer in all_layers(model):
-        draws = hasattr(layer, "seed_generator") or isinstance(layer, layers.GaussianNoise)
+        draws = any(isinstance(it, keras.random.SeedGenerator) for it in vars(layer).values())
         if draws and not isinstance(layer, _DROPOUT):
             return f"{name}, a {type(layer).__name__}"
     return None
 
 
-def run(model: Any, inputs: Any, *, training: bool) -> list[Tensor]:
-    """Call the model on tensors or arrays, alone, in a tuple or in a mapping; return its outputs.
+def run(model: Any, inputs: Any, *, training: bool) -> Any:
+    """Call the model on tensors or arrays, alone, in a tuple or in a mapping.
 
-    No memory is shared: JAX takes over the arrays that it is given.
+    What comes out is torch's, in the same structure. No memory is shared: JAX takes over the arrays
+    that it is given.
     """
-    taken = keras.tree.map_structure(
-        lambda value: keras.ops.convert_to_tensor(as_torch(value).numpy()), inputs
-    )
-    return [as_torch(output) for output in keras.tree.flatten(model(taken, training=training))]
+    output = model(keras.tree.map_structure(_given, inputs), training=training)
+    return keras.tree.map_structure(as_torch, output)
+
+
+def cause(error: Exception) -> str:
+    """Return the sentence of Keras' many that says what is wrong."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error))
+    text = text.rpartition("Exception encountered: ")[2]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = next((line for line in lines if not line.startswith("Exception encountered")), "")
+    return told.partition(". ")[0][:200] or type(error).__name__
+
+
+def _given(value: Any) -> Any:
+    value = as_torch(value)
+    # NumPy has no bfloat16; Keras casts to the layers' dtype itself.
+    value = value.float() if value.dtype == torch.bfloat16 else value
+    return keras.ops.convert_to_tensor(value.numpy())
