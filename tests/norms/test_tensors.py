@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stillnorm.norms import keep_tensors, keep_types, same_bits, write
+from stillnorm.norms import keep_tensors, keep_types, same_bits, tensors, write
 
 DTYPES = [
     torch.float64,
@@ -181,3 +183,33 @@ def test_write_is_in_place_and_asks_no_gradient() -> None:
     assert parameter.data_ptr() == pointer
     assert parameter.is_leaf
     assert parameter.requires_grad
+
+
+def test_ctrl_c_on_the_way_back_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised, once every tensor has its value again."""
+    kept = [torch.zeros(3) for _ in range(4)]
+    real = tensors.write
+
+    def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
+        signal.raise_signal(signal.SIGINT)
+        real(tensor, value)
+
+    monkeypatch.setattr(tensors, "write", write)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), keep_tensors(kept):
+        torch._foreach_add_(kept, 1)
+    assert all(map(torch.equal, kept, [torch.zeros(3)] * 4))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_in_another_thread_nothing_is_done_about_signals() -> None:
+    tensor = torch.zeros(3)
+
+    def change() -> None:
+        with keep_tensors([tensor]):
+            tensor.add_(1)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    thread.join()
+    assert torch.equal(tensor, torch.zeros(3))

@@ -13,7 +13,7 @@ from torch import nn
 import stillnorm as sn
 from porting.twins import filled, same, values
 from stillnorm.errors import PortError, RefusedError
-from stillnorm.porting.algebra import complement
+from stillnorm.norms.adapters.keras import complement
 from stillnorm.porting.keras.parts import as_torch
 
 

@@ -148,8 +148,9 @@ def remember(module: nn.Module) -> Callable[[], None]:
 
     def put_back() -> None:
         module.__class__ = kind
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
+        module.__dict__.update(attributes)  # before others go: it is never without its own
+        for name in module.__dict__.keys() - attributes.keys():
+            del module.__dict__[name]
         if held is not None and record is not None:
             vars(held).update(record[0], required_grad=record[1])
         for parameter, required, grad in gradients:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from stillnorm.norms.undo import undisturbed
+
 _version_kept = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
 
 
@@ -38,11 +40,12 @@ def keep_tensors(tensors: Iterable[Tensor]) -> Iterator[None]:
         try:
             yield
         finally:
-            for tensor, data, value in kept:
-                if _layout(tensor) != _layout(data) or tensor.data_ptr() != data.data_ptr():
-                    tensor.data = data
-                if not same_bits(tensor, value):
-                    write(tensor, value)
+            with undisturbed():
+                for tensor, data, value in kept:
+                    if _layout(tensor) != _layout(data) or tensor.data_ptr() != data.data_ptr():
+                        tensor.data = data
+                    if not same_bits(tensor, value):
+                        write(tensor, value)
 
 
 @contextlib.contextmanager

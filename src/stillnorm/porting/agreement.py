@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from stillnorm.errors import PortError
 from stillnorm.norms import write
-from stillnorm.porting.algebra import complement
+from stillnorm.norms.adapters.keras import complement
 from stillnorm.porting.keras.parts import KerasPart, as_torch
 from stillnorm.porting.keras.running import cause, left_as_found, random_layer, run
 from stillnorm.porting.matching import Pair

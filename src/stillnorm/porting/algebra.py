@@ -10,22 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from decimal import Decimal
 
 import torch
 from torch import Tensor
-
-
-def complement(momentum: float) -> float:
-    """Return Keras' momentum of torch's, and torch's of Keras'.
-
-    Exact in decimals, as people write it: what is ported there and back is what it was.
-
-    Example:
-        >>> complement(0.99), complement(complement(0.99)), complement(0.1)
-        (0.01, 0.99, 0.9)
-    """
-    return float(1 - Decimal(repr(float(momentum))))
 
 
 def unbiased(variance: Tensor, n: int) -> Tensor:

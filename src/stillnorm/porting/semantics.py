@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from stillnorm.holding import hold, release, remember, why_not, why_not_release
 from stillnorm.norms import NormLayer
+from stillnorm.norms.adapters.keras import complement
 from stillnorm.norms.hold import Affine, hold_of
-from stillnorm.porting.algebra import complement
 from stillnorm.porting.keras.parts import KerasPart
 from stillnorm.porting.part import Refusal
 from stillnorm.repair.surgery import Surgery

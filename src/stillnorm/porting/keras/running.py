@@ -12,6 +12,7 @@ import torch
 from keras import layers
 
 from stillnorm.norms import same_bits
+from stillnorm.norms.undo import undisturbed
 from stillnorm.porting.keras.parts import all_layers, as_torch, assign, read
 
 _DROPOUT = (
@@ -30,23 +31,17 @@ def left_as_found(model: Any) -> Iterator[None]:
     before = [(variable, read(variable)) for variable in model.variables]
     rates = [(layer, layer.rate) for _, layer in all_layers(model) if isinstance(layer, _DROPOUT)]
 
-    def restore() -> None:
-        for layer, rate in rates:
-            layer.rate = rate
-        for variable, value in before:
-            if not same_bits(read(variable), value):
-                assign(variable, value)
-
     try:
         for layer, _ in rates:
             layer.rate = 0
         yield
     finally:
-        try:
-            restore()
-        except BaseException:
-            restore()  # Ctrl-C on the way back does not stop it
-            raise
+        with undisturbed():
+            for layer, rate in rates:
+                layer.rate = rate
+            for variable, value in before:
+                if not same_bits(read(variable), value):
+                    assign(variable, value)
 
 
 def random_layer(model: Any) -> str | None:
