@@ -150,6 +150,23 @@ def test_a_train_that_does_not_pass_the_mode_on() -> None:
     assert "NotPassedOn.train() does not pass the mode on" in finding.message
 
 
+def test_an_eval_that_does_nothing() -> None:
+    class Stays(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(4)
+
+        def norm(self, x: Tensor) -> Tensor:
+            return self.bn(x)
+
+        def eval(self) -> Stays:
+            return self
+
+    (finding,) = findings(Stays())
+    assert "Stays.eval() does not pass the mode on" in finding.message
+    assert finding.help == "end Stays.eval() with: return super().eval()"
+
+
 def test_a_subclass_that_sets_eval_mode_aside() -> None:
     net = conv_net()
     net[1] = Stubborn(8)

@@ -99,7 +99,8 @@ class IgnoredEval(Rule):
                 f"{count(len(paths), 'layer')} {verb} by the batch in eval mode: "
                 + (f"{kind} does not pass the mode on" if kind else "the forward sets it aside"),
                 evidence={"kind": "train override" if kind else "forward"},
-                help=f"end {kind} with: return super().train(mode)"
+                help=f"end {kind} with: return super()."
+                + ("eval()" if kind.endswith(".eval()") else "train(mode)")
                 if kind
                 else "normalise by the batch only where self.training is set",
                 where=evidence.where(*group),
@@ -167,7 +168,9 @@ def _grouped(evidence: Evidence, layers: Iterable[NormLayer]) -> dict[str, list[
         owner = ""
         if evidence.modes.in_eval[layer.module]:
             above = (layer.module, *reversed(layer.above))
-            guilty = next((module for module in above if overrides_train(module)), layer.module)
-            owner = f"{type(guilty).__name__}.train()"
+            guilty = next((module for module in above if overrides_train(module)), None)
+            # Without one it can only be an eval() of the model's own that does not call train().
+            model = type(evidence.model).__name__
+            owner = f"{model}.eval()" if guilty is None else f"{type(guilty).__name__}.train()"
         groups.setdefault(owner, []).append(layer)
     return groups
