@@ -6,11 +6,14 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import keras
 import pytest
 import torch
+from keras import layers
 from torch import Tensor
 
 import stillnorm as sn
+from stillnorm.errors import CalibrationError
 from stillnorm.norms import find_norms
 from support.keras_nets import BATCHES, state, trained
 from support.tolerances import STATISTICS_RTOL
@@ -70,3 +73,42 @@ def test_what_is_frozen_is_left_unless_named() -> None:
     assert report.held == ("bn", "head")
     assert [one.path for one in sn.recalibrate(model, BATCHES, "head").layers] == ["head"]
     assert sn.is_frozen(model, "head")
+
+
+def test_renorm_is_refused() -> None:
+    """The next training step would make the variance of a deviation that is not recalibrated."""
+    norm = layers.BatchNormalization(renorm=True)
+    norm.build((None, 4))
+    before = state(norm)
+    report = sn.recalibrate(norm, [torch.randn(8, 4)])
+    assert "renorm=True" in report.refused[0][1]
+    assert all(map(torch.equal, state(norm), before))
+
+
+def test_a_call_that_the_user_replaced_is_kept() -> None:
+    model = trained()
+    norm = model.get_layer("bn")
+
+    def call(x: Any, training: Any = None, mask: Any = None) -> Any:
+        return type(norm).call(norm, x, training=training)
+
+    norm.__dict__["call"] = call
+    sn.recalibrate(model, BATCHES)
+    assert norm.__dict__["call"] is call
+
+
+def test_what_is_masked_is_not_counted_but_refused() -> None:
+    """Training leaves it out; no finding says that the statistics of training are wrong."""
+    masking = layers.Masking()
+    model = keras.Sequential([layers.Input((6, 3)), masking, layers.BatchNormalization(name="bn")])
+    batches = [torch.randn(16, 6, 3) + 5 for _ in range(2)]
+    for x in batches:
+        x[:, 4:] = 0
+    model.get_layer("bn").momentum = 0.9
+    for x in batches * 40:
+        model(x, training=True)
+    before = state(model)
+    with pytest.raises(CalibrationError, match="bn is given a mask"):
+        sn.recalibrate(model, batches)
+    assert all(map(torch.equal, state(model), before))
+    assert not sn.check(model, batches).findings

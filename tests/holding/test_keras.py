@@ -346,3 +346,143 @@ def test_a_compiled_step_keeps_it() -> None:
     sn.freeze(model)
     step = torch.compile(lambda x: model(x, training=True), backend="eager")
     assert torch.equal(step(X), model(X))
+
+
+# ------------------------------------------------------------------------------- users' classes
+
+
+@keras.saving.register_keras_serializable("stillnorm_tests")
+class Mixed(layers.BatchNormalization):
+    """A norm with layers in it, one of them frozen, and two variables of one path."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.learns, self.stays = layers.Dense(4), layers.Dense(4, trainable=False)
+
+    def build(self, shape: Any) -> None:
+        super().build(shape)
+        self.learns.build(shape)
+        self.stays.build(shape)
+        self.other = self.add_weight(shape=(4,), name="gamma")
+
+    def call(self, x: Any, training: Any = None, mask: Any = None) -> Any:
+        return super().call(self.stays(self.learns(x)), training=training) * self.other
+
+
+def with_layers_inside() -> tuple[Any, Any]:
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([layers.Input((4,)), Mixed(name="own"), layers.Dense(2)])
+    model(torch.randn(64, 4), training=True).sum().backward()
+    own = model.get_layer("own")
+    own.other.trainable = False
+    return model, own
+
+
+def inside(own: Any) -> list[Any]:
+    return [
+        *((layer.trainable, id(layer)) for layer in (own, own.learns, own.stays)),
+        *((v.trainable, v.value.requires_grad, v.value.grad) for v in own.variables),
+    ]
+
+
+def test_layers_inside_a_norm_are_given_back_their_own_trainable() -> None:
+    model, own = with_layers_inside()
+    before = [entry[:2] for entry in inside(own)]
+    sn.freeze(model)
+    assert not any(entry[0] for entry in inside(own))
+    assert all(variable.value.grad is None for variable in own.variables)
+    sn.unfreeze(model)
+    assert [entry[:2] for entry in inside(own)] == before
+
+
+def test_layers_inside_a_norm_stay_too() -> None:
+    model, own = with_layers_inside()
+    sn.freeze(model)
+    before = state(own)
+    own.learns.trainable = own.other.trainable = True
+    model.compile("sgd", "mse")
+    model.fit(torch.randn(16, 4), torch.randn(16, 2), verbose=0)
+    assert all(map(torch.equal, state(own), before))
+    sn.unfreeze(model)
+    assert own.learns.trainable  # as asked for meanwhile
+    assert own.other.trainable
+
+
+def test_an_exception_gives_layers_inside_their_own_trainable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, own = with_layers_inside()
+    before = inside(own)
+    Interruption(monkeypatch, holding, "hold", 1, KeyboardInterrupt, before=False)
+    with pytest.raises(KeyboardInterrupt):
+        sn.freeze(model)
+    assert inside(own) == before
+
+
+def test_what_was_set_past_the_layer_while_held_is_kept_on_release() -> None:
+    norm = trained().get_layer("bn")
+    norm.gamma.trainable = False
+    sn.freeze(norm)
+    norm.gamma.trainable = True
+    sn.unfreeze(norm)
+    assert norm.gamma.trainable
+
+
+def test_a_call_that_asks_for_the_batch_gets_the_running_statistics() -> None:
+    class Stubborn(layers.BatchNormalization):
+        def call(self, x: Any, training: Any = None, mask: Any = None) -> Any:
+            return super().call(x, training=True)
+
+    model = keras.Sequential([layers.Input((4,)), Stubborn()])
+    model(torch.randn(64, 4))
+    sn.freeze(model, affine="trains", strict=True)
+    snapshot = sn.snapshot(model)
+    model(torch.randn(8, 4), training=True)
+    snapshot.verify(model)
+
+
+def test_a_class_whose_trainable_cannot_be_set_is_refused() -> None:
+    class Always(layers.BatchNormalization):
+        trainable = property(lambda self: True)  # type: ignore[assignment]
+
+    norm = Always()
+    norm.build((None, 4))
+    assert "trainable" in sn.freeze(norm).refused[0][1]
+    assert type(norm) is Always
+
+
+def test_a_file_names_the_layer_as_keras_does() -> None:
+    held, plain = trained(), trained()
+    sn.freeze(held)
+    for norm in norms(plain):
+        norm.trainable = False
+    for a, b in zip(norms(held), norms(plain), strict=True):
+        written, expected = map(keras.saving.serialize_keras_object, (a, b))
+        assert {**written, "build_config": 0} == {**expected, "build_config": 0}
+        assert written["module"] == "keras.layers"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_a_layer_alone_is_plain_keras(copied: Callable[[Any], Any]) -> None:
+    norm = trained().get_layer("bn")
+    sn.freeze(norm)
+    other = copied(norm)
+    assert type(other) is layers.BatchNormalization
+    assert torch.equal(other.moving_mean.value, norm.moving_mean.value)
+
+
+# ------------------------------------------------------------------------------- renorm
+
+
+def test_statistics_of_renorm_are_recorded_restored_and_preserved() -> None:
+    norm = layers.BatchNormalization(renorm=True, momentum=0.9)
+    norm.build((None, 4))
+    norm(X[:, 0, 0, :1].expand(-1, 4), training=True)
+    before, snapshot = state(norm), sn.snapshot(norm)
+    with sn.preserved(norm):
+        norm(torch.randn(8, 4), training=True)
+    assert all(map(torch.equal, state(norm), before))
+    norm(torch.randn(8, 4), training=True)
+    assert {c.tensor for c in snapshot.diff(norm).changes} >= {"moving_stddev", "renorm_mean"}
+    snapshot.restore(norm)
+    assert all(map(torch.equal, state(norm), before))

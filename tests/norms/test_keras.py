@@ -200,3 +200,143 @@ def test_repairs_of_values_work() -> None:
     torch.testing.assert_close(as_torch(norm.moving_variance.value), var)
     report.undo()
     assert torch.equal(as_torch(norm.moving_variance.value), var.sqrt())
+
+
+# ------------------------------------------------------------------------------- users' code
+
+
+def fit(model: Any, batch: Any) -> None:
+    model.fit(*batch, verbose=0)
+
+
+def train_on_batch(model: Any, batch: Any) -> None:
+    model.train_on_batch(*batch)
+
+
+def by_torch(model: Any, batch: Any) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    (model(batch[0], training=True) - batch[1]).square().mean().backward()
+    optimizer.step()
+
+
+PAIRS = [(x, torch.randn(16, 2, generator=torch.Generator().manual_seed(0))) for x in BATCHES]
+
+
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("step", [fit, train_on_batch, by_torch])
+def test_healthy_inference_and_training_have_no_findings(step: Any, flag: bool) -> None:
+    """Whatever torch's flags say; the first step of Keras' runs the model for its shapes too."""
+    model = trained()
+    model.compile("sgd", "mse")
+    model.train(flag)
+    model.get_layer("bn").eval()
+    before = state(model)
+    report = sn.check(model, PAIRS, predict=lambda m, batch: m(batch[0]), train_step=step)
+    assert not report.findings, report
+    assert unchanged(model, before)
+
+
+def test_inference_and_training_that_are_not_healthy() -> None:
+    def twice(model: Any, batch: Any) -> None:
+        model.get_layer("block")(torch.randn(16, 6, 6, 4), training=True)
+        train_on_batch(model, batch)
+
+    model = trained()
+    model.compile("sgd", "mse")
+    report = sn.check(
+        model, PAIRS, predict=lambda m, batch: m(batch[0], training=True), train_step=twice
+    )
+    assert {f.code: f.paths for f in report.findings} == {
+        "SN006": ("bn", "block.bn", "head"),
+        "SN302": ("block.bn",),
+    }
+
+
+def test_frozen_initial_statistics_are_not_told_by_torchs_flag() -> None:
+    model = make()
+    model.get_layer("head").eval()
+    assert "SN004" not in {finding.code for finding in sn.check(model).findings}
+
+
+def test_a_norm_that_keras_calls_past_torch_is_not_said_to_be_unreached() -> None:
+    given = keras.Input((5, 3))
+    wrapped = layers.TimeDistributed(layers.BatchNormalization())
+    model = keras.Model(given, layers.Dense(2)(wrapped(given)))
+    report = sn.check(model, [torch.randn(64, 5, 3)])
+    assert "SN114" not in {finding.code for finding in report.findings}
+
+
+def test_two_layers_of_one_name_have_two_paths() -> None:
+    class Net(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (layers.BatchNormalization(name="bn") for _ in "ab")
+
+        def call(self, x: Any, training: bool | None = None) -> Any:
+            return self.b(2 * self.a(x) + 1)
+
+    model = Net()
+    model(torch.randn(64, 4), training=True)
+    snapshot = sn.snapshot(model)
+    assert sn.freeze(model).frozen == ("bn", "bn_1")
+    sn.unfreeze(model)
+    model(torch.randn(64, 4), training=True)
+    snapshot.restore(model)
+    assert not snapshot.diff(model)
+
+
+def test_a_users_class_of_that_name_is_none_of_keras() -> None:
+    class BatchNormalization(layers.Layer):
+        def call(self, x: Any) -> Any:
+            return x
+
+    assert not find_norms(keras.Sequential([layers.Input((4,)), BatchNormalization()]))
+
+
+# ------------------------------------------------------------------------------- as found
+
+
+def test_no_updates_and_preserved_keep_all_that_does_not_train() -> None:
+    norm = layers.BatchNormalization(renorm=True)
+    norm.build((None, 4))
+    for context in (sn.no_updates, sn.preserved):
+        before = state(norm)
+        with context(norm):
+            norm(torch.randn(8, 4), training=True)
+        assert all(map(torch.equal, state(norm), before)), context
+
+
+def test_preserved_keeps_trainable() -> None:
+    model = trained()
+    model.get_layer("block").trainable = False
+
+    def switches() -> list[Any]:
+        return [layer.trainable for layer in model._flatten_layers()] + [
+            (variable.trainable, variable.value.requires_grad) for variable in model.variables
+        ]
+
+    before = switches()
+    with sn.preserved(model):
+        model.trainable = True
+        model.get_layer("bn").trainable = False
+    assert switches() == before
+
+
+def test_what_a_step_of_keras_changes_is_put_back() -> None:
+    """The optimizer that the model was compiled with, and its metrics, too."""
+
+    def thaws(model: Any, batch: Any) -> None:
+        model.train_on_batch(*batch)
+        model.get_layer("bn").trainable = True
+
+    model = trained()
+    model.get_layer("bn").trainable = False
+    model.compile("adam", "mse", metrics=["mae"])
+    model.train_on_batch(*PAIRS[0])
+    every = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+    before = [(variable.trainable, as_torch(variable.value)) for variable in every]
+    sn.check(model, PAIRS, train_step=thaws)
+    assert [variable.trainable for variable in every] == [trains for trains, _ in before]
+    assert all(
+        torch.equal(as_torch(v.value), was) for v, (_, was) in zip(every, before, strict=True)
+    )

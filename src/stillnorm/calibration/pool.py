@@ -123,9 +123,16 @@ class Pools:
         """Add what the layers received in one batch.
 
         Raises:
-            CalibrationError: A layer received NaN or infinity.
+            CalibrationError: A layer received NaN or infinity, or in Keras a mask.
         """
         received = [one for one in seen if one.layer.module in self]
+        for one in received:
+            if one.masked:
+                raise CalibrationError(
+                    f"batch {batch}: {one.layer.path} is given a mask, and training leaves out "
+                    "what is masked",
+                    help="select the other layers with layers=; nothing was changed",
+                )
         found: dict[int, Moments] = {}
         before = list(self.calls)
         for one, (mean, var) in zip(received, _read(received, batch), strict=True):

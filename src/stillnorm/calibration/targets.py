@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from stillnorm.norms import Layers, NormLayer, find_norms, probe_modes, select
+from stillnorm.norms.adapters.keras import renorm_statistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,8 @@ def _refusal(layer: NormLayer) -> str | None:
         return "has no running statistics"
     if mean.is_meta or var.is_meta:
         return "is on the meta device"
+    if layer.family == "keras" and renorm_statistics(layer.module):
+        return "has renorm=True: training makes its variance of statistics that data do not tell"
     return None
 
 

@@ -41,7 +41,9 @@ def traced_statistics(model: nn.Module, seen: Trace) -> dict[NormLayer, tuple[Te
 
 
 def _pooled(layer: NormLayer, calls: list[Call]) -> Moments | None:
-    """Return the moments of all calls together; None where none of them tells a variance."""
+    """Return the moments of all calls together; None where none tells a variance, or has a mask."""
+    if any(call.masked for call in calls):
+        return None
     convention, least = (average, 2) if layer.family == "instance" else (pool, 1)
     parts = [
         convention(call.sample_mean, call.sample_var, call.values)

@@ -20,7 +20,8 @@ class TensorChange:
 
     Args:
         path: The layer.
-        tensor: ``weight``, ``bias``, ``running_mean``, ``running_var``, ``num_batches_tracked``.
+        tensor: ``weight``, ``bias``, ``running_mean``, ``running_var``, ``num_batches_tracked``, or
+            another that `Recorded` names.
         changed: The number of channels that changed.
         of: The number of channels.
         channel: The channel that changed most; None for a tensor without channels.

@@ -23,6 +23,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
 from stillnorm.norms import random_kept, same_bits
+from stillnorm.norms.adapters.keras import keeps_state
 from stillnorm.norms.tensors import write
 from stillnorm.state.kept import lazies_kept
 
@@ -35,9 +36,10 @@ def put_back(*objects: object) -> Iterator[Journal]:
 
     Everything that is reachable goes back, also after an exception and Ctrl-C: through modules,
     optimizers, whatever else has `state_dict` and `load_state_dict` (schedulers, scalers, averages
-    of weights), data classes, lists, dicts and sets. A graph that was recorded before the block
-    may run backward after it. So do the random states and the grad mode. Other objects (a trainer
-    that a module points to, what a closure owns) are not looked into.
+    of weights), Keras' variables, optimizers and metrics, data classes, lists, dicts and sets. A
+    graph that was recorded before the block may run backward after it. So do the random states and
+    the grad mode. Other objects (a trainer that a module points to, what a closure owns) are not
+    looked into.
 
     Args:
         objects: A model, its optimizers, and what else a step changes.
@@ -178,6 +180,7 @@ def _contents(thing: object, is_given: bool) -> list[Any]:
         or isinstance(thing, nn.Module | Optimizer | Tensor)
         or dataclasses.is_dataclass(type(thing))
         or _has_state(thing)
+        or keeps_state(thing)
     )
     attributes = getattr(thing, "__dict__", None)
     return [attributes] if looks_inside and isinstance(attributes, dict) else []

@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from stillnorm.holding import remember
 from stillnorm.norms import every_module, hold_of, keep_tensors, overrides_train
+from stillnorm.norms.adapters.keras import is_keras
 
 
 @contextlib.contextmanager
@@ -56,6 +57,26 @@ def layers_kept(layers: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for undo in put_back:
             undo()
+
+
+@contextlib.contextmanager
+def trainable_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep `trainable` of Keras' layers and of their variables.
+
+    Past its setter, which sets that of everything inside, and which a held layer only notes.
+    """
+    every: list[Any] = [module for module in modules if is_keras(module)]
+    kept = [
+        (one.__dict__, one.__dict__["_trainable"])
+        for layer in every
+        for one in (layer, *layer._trainable_variables)
+        if "_trainable" in one.__dict__
+    ]
+    try:
+        yield
+    finally:
+        for attributes, trainable in kept:
+            attributes["_trainable"] = trainable
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from stillnorm.norms import (
     random_kept,
     select,
 )
+from stillnorm.norms.adapters import keras
 from stillnorm.state.kept import (
     buffers_kept,
     gradients_kept,
@@ -31,6 +32,7 @@ from stillnorm.state.kept import (
     layers_kept,
     lazies_kept,
     modes_kept,
+    trainable_kept,
 )
 
 
@@ -123,7 +125,11 @@ def _forward(module: nn.Module) -> object:
 
 def _statistics(norms: list[NormLayer]) -> list[Tensor]:
     names = ("running_mean", "running_var", "num_batches_tracked")
-    return [tensor for norm in norms for k, tensor in norm.tensors().items() if k in names]
+    of_keras = [norm.module for norm in norms if norm.family == "keras"]
+    return [
+        *(tensor for norm in norms for k, tensor in norm.tensors().items() if k in names),
+        *(variable.value for variable in keras.state_of(of_keras)),
+    ]
 
 
 @contextlib.contextmanager
@@ -168,6 +174,7 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         keep_tensors(
             [
                 *model.buffers(),
+                *(variable.value for variable in keras.state_of(modules)),
                 *(tensor for norm in norms for tensor in norm.tensors().values()),
                 *(tensor for module in modules for tensor in _touched_by_train(module)),
             ]
@@ -181,6 +188,7 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         buffers_kept(modules),
         keep_types([*parameters, *(p.grad for p in parameters if p.grad is not None)]),
         modes_kept(model),
+        trainable_kept(modules),
     ):
         yield model
 

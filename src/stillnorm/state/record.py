@@ -13,7 +13,7 @@ from stillnorm.norms.adapters import keras
 Switch = None | bool | float | str
 
 AFFINE = ("weight", "bias")
-TENSORS = (*AFFINE, "running_mean", "running_var", "num_batches_tracked")
+TENSORS = (*AFFINE, "running_mean", "running_var", "num_batches_tracked", *keras.RENORM)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,8 @@ class Recorded:
     Args:
         paths: Every path of the layer.
         tensors: Copies, on the CPU, of weight, bias, running_mean, running_var and
-            num_batches_tracked: of those that existed. None of a lazy layer's.
+            num_batches_tracked: of those that existed. None of a lazy layer's. Of a layer of Keras
+            with ``renorm=True`` moving_stddev, renorm_mean and renorm_stddev, too.
         switches: ``kind``, ``training``, ``momentum``, ``eps``, ``track_running_stats``,
             ``weight.requires_grad`` and ``bias.requires_grad`` where these exist, and ``held``
             (None, "affine frozen" or "affine trains"). Of a layer of Keras ``trainable``, too.
@@ -47,7 +48,7 @@ def record(layer: NormLayer) -> Recorded:
     Raises:
         StateError: A tensor is on the meta device: there is no value to record.
     """
-    tensors = {} if layer.is_lazy else layer.tensors()
+    tensors = tensors_of(layer)
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise StateError(
@@ -74,6 +75,14 @@ def record(layer: NormLayer) -> Recorded:
         },
         hold=None if hold is None else replace(hold, required_grad=dict(hold.required_grad)),
     )
+
+
+def tensors_of(layer: NormLayer) -> dict[str, Tensor]:
+    """Return the tensors of a layer that are recorded, by name."""
+    if layer.is_lazy:
+        return {}
+    besides = keras.renorm_statistics(layer.module) if layer.family == "keras" else {}
+    return layer.tensors() | besides
 
 
 def dotted(path: str, name: str) -> str:

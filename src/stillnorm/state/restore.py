@@ -15,7 +15,7 @@ from stillnorm.norms.adapters import keras
 from stillnorm.norms.hold import HOLD
 from stillnorm.state.change import SwitchChange, TensorChange, changes
 from stillnorm.state.diff import Difference, diff_layers
-from stillnorm.state.record import AFFINE, Recorded, record, shown
+from stillnorm.state.record import AFFINE, Recorded, record, shown, tensors_of
 
 _SETTINGS = ("momentum", "eps", "track_running_stats")
 _REQUIRES_GRAD = tuple(f"{name}.requires_grad" for name in AFFINE)
@@ -85,7 +85,7 @@ def _why_not(before: Recorded, norm: NormLayer) -> str | None:
 
 def _moved(before: Recorded, norm: NormLayer) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the tensors whose bits differ, each with the value recorded."""
-    tensors = norm.tensors()
+    tensors = tensors_of(norm)
     for change in changes(before, record(norm), norm.path):
         if isinstance(change, TensorChange) and not change.is_cast:
             yield (

@@ -42,6 +42,7 @@ class Normalization:
         moments: The moments of the input, (3, G, C); see `measures`.
         mark: The mark of the output.
         largest: The largest magnitude in a float16 input, (); None for other dtypes.
+        masked: Whether a layer of Keras was given a mask: training leaves out what is masked.
     """
 
     layer: NormLayer
@@ -52,6 +53,7 @@ class Normalization:
     moments: Tensor
     mark: Mark | None
     largest: Tensor | None = None
+    masked: bool = False
 
     @property
     def samples(self) -> int:
@@ -152,7 +154,8 @@ class Instrument(TorchFunctionMode):
             used = visit.layer.normalizes_by(training)
             with torch._C.DisableTorchFunction():  # what we compute is none of the model's
                 for x in map(visit.layer.channels_first, tensors_in((args, kwargs))):
-                    self._record(visit, x, used, sample_moments(x), output)
+                    masked = visit.layer.family == "keras" and kwargs.get("mask") is not None
+                    self._record(visit, x, used, sample_moments(x), output, masked)
                     return
 
     def __torch_function__(
@@ -191,13 +194,20 @@ class Instrument(TorchFunctionMode):
         return kernel.by_input()
 
     def _record(
-        self, visit: _Visit, x: Tensor, used: NormalizesBy, moments: Tensor, output: object
+        self,
+        visit: _Visit,
+        x: Tensor,
+        used: NormalizesBy,
+        moments: Tensor,
+        output: object,
+        masked: bool = False,
     ) -> None:
         mark = next((Mark.of(y) for y in tensors_in(output)), None)
         shape = tuple(x.shape)
+        largest = largest_half(x)
         self.seen.append(
             Normalization(
-                visit.layer, visit.site, shape, x.dtype, used, moments, mark, largest_half(x)
+                visit.layer, visit.site, shape, x.dtype, used, moments, mark, largest, masked
             )
         )
 

@@ -39,6 +39,7 @@ class Call:
         is_output: Whether the layer's output, or an unmodified view of it, is in the model's.
         largest: The largest magnitude in a float16 input, NaN where there is one; None for other
             dtypes and for no values.
+        masked: Whether a layer of Keras was given a mask.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Call:
     sample_var: Tensor
     is_output: bool
     largest: float | None = None
+    masked: bool = False
 
     @property
     def samples(self) -> int:
@@ -194,6 +196,7 @@ def _calls(seen: list[Normalization], output: object, batch: int) -> list[Call]:
                 var,
                 one.mark in outputs,
                 None if one.largest is None else float(one.largest),
+                one.masked,
             )
         )
     return calls

@@ -108,6 +108,8 @@ class Evidence:
 
     def singled_out(self, layer: NormLayer) -> bool:
         """Tell whether the layer is in eval now while the module around it trains."""
+        if layer.family == "keras":  # to which the flag means nothing
+            return False
         parent = layer.ancestors[-1] if layer.ancestors else None
         return parent is not None and parent.training and not layer.module.training
 
@@ -161,11 +163,13 @@ class Evidence:
     # ------------------------------------------------------------------ numbers
 
     def samples(self, layer: NormLayer, flow: Flow) -> Samples | None:
-        """Return what the layer received in one flow, a row per sample."""
+        """Return what the layer received in one flow, a row per sample; None of masked input."""
         key = (layer.path, flow)
         if key not in self._samples:
             sizes = self.runs.batch_sizes if self.runs is not None else ()
-            self._samples[key] = samples_of(self.calls(layer, flow), sizes)
+            calls = self.calls(layer, flow)
+            masked = any(call.masked for call in calls)
+            self._samples[key] = None if masked else samples_of(calls, sizes)
         return self._samples[key]
 
     def distance(self, layer: NormLayer, flow: Flow) -> Distance | None:

@@ -201,7 +201,9 @@ class _Watch(TorchFunctionMode):
         if not visit.normalized:  # a formula of the user's own: the flags have to do
             inputs = next(tensors_in(args), None)
             if inputs is not None:
-                self._note(visit.layer, visit.layer.normalizes_by(module.training), len(inputs))
+                # Of a forward that raised torch passes no keyword arguments.
+                training = visit.layer.called_in_training(rest[0] if len(rest) > 1 else {})
+                self._note(visit.layer, visit.layer.normalizes_by(training), len(inputs))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -73,7 +73,8 @@ class FrozenInitialStatistics(Rule):
 
 
 def _is_frozen_identity(evidence: Evidence, layer: NormLayer) -> bool:
-    in_eval_while_training = evidence.model.training and not layer.module.training
+    in_eval = layer.family != "keras" and not layer.module.training
+    in_eval_while_training = evidence.model.training and in_eval
     if not layer.never_estimated or not (evidence.is_held(layer) or in_eval_while_training):
         return False
     if not layer.num_features:

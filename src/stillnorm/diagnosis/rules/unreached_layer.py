@@ -8,6 +8,7 @@ from stillnorm.diagnosis.evidence import CannotTell, Evidence
 from stillnorm.diagnosis.evidence.runs import Runs
 from stillnorm.diagnosis.finding import Finding
 from stillnorm.diagnosis.rule import Rule
+from stillnorm.norms.adapters.keras import is_called_unseen
 from stillnorm.reports.numbers import count
 from stillnorm.state import preserved
 from stillnorm.tracing import Trace, trace
@@ -63,7 +64,11 @@ class UnreachedLayer(Rule):
         if missed:
             in_train = _in_train(evidence, runs)
             missed &= set(in_train.unreached) - _used_by_functions(in_train)
-        paths = tuple(layer.path for layer in evidence.layers if layer.path in missed)
+        paths = tuple(
+            layer.path
+            for layer in evidence.layers
+            if layer.path in missed and not is_called_unseen(layer.module, layer.ancestors)
+        )
         if paths:
             verb = "is" if len(paths) == 1 else "are"
             yield self.finding(

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from stillnorm.diagnosis.training_step.backwards import Backwards, repeats
 from stillnorm.diagnosis.training_step.optimizing import Optimizing
 from stillnorm.diagnosis.training_step.stepped import Step, StepCall, same_statistics, statistics
-from stillnorm.norms import NormLayer
+from stillnorm.norms import NormLayer, every_module
+from stillnorm.norms.adapters.keras import is_symbolic
 from stillnorm.state import Journal
 from stillnorm.tracing import calling_site, read, tensors_in, visits
 from stillnorm.tracing.kernels import kernel_of
@@ -42,7 +43,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self._model, self._journal = model, journal
         self._layers = {layer.module: layer for layer in layers}
-        self._modules = set(model.modules())
+        self._modules = set(every_module(model))
         self._parameters = dict.fromkeys(model.parameters())
         self._optimizing = Optimizing(layers, self._before_step)
         self._backwards = Backwards(layers, self._parameters, lambda: self._optimizing.steps)
@@ -75,7 +76,7 @@ class Recorder(TorchFunctionMode):
     # ------------------------------------------------------------------------------ modules
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if module not in self._modules:
+        if module not in self._modules or is_symbolic():
             return
         in_backward = torch._C._current_graph_task_id() != -1
         if not self._running:
@@ -107,7 +108,8 @@ class Recorder(TorchFunctionMode):
         call = self._open.pop()
         raised = len(rest) == 1  # torch passes no keyword arguments then
         if not call.shape:  # a formula of the user's own, or inside a backward: by the flags
-            call.used = call.layer.normalizes_by(module.training)
+            call.training = call.layer.called_in_training({} if raised else rest[0])
+            call.used = call.layer.normalizes_by(call.training)
             for x in tensors_in((args, () if raised else rest[0])):
                 self._measure(call, x)
                 break

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -27,6 +29,11 @@ _TENSORS = {
     "running_var": "moving_variance",
 }
 
+# What a layer with ``renorm=True`` has besides; training makes the variance of the deviation.
+RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
+
+_KEEPERS = ("Variable", "BaseOptimizer", "Metric", "SeedGenerator")
+
 
 def is_keras(module: nn.Module) -> bool:
     """Tell whether the module is a layer or model of Keras."""
@@ -38,9 +45,31 @@ def children(module: nn.Module) -> list[tuple[str, nn.Module]]:
     inside: Any = module
     layers = inside._flatten_layers(include_self=False, recursive=False)
     torch_modules = [(n, m) for n, m in module.named_children() if not comes_from(m, "keras")]
-    return [(layer.name, layer) for layer in layers] + [
+    named = [(layer.name, layer) for layer in layers] + [
         (name, m) for name, m in torch_modules if name != "_torch_params"
     ]
+    return _told_apart(named)
+
+
+def _told_apart(named: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Number names that come again: in a subclassed model two layers may be called the same."""
+    taken, first = {name for name, _ in named}, set[str]()
+    children = []
+    for name, module in named:
+        path = name
+        if name in first:
+            path = next(n for k in itertools.count(1) if (n := f"{name}_{k}") not in taken)
+        taken.add(path)
+        first.add(path)
+        children.append((path, module))
+    return children
+
+
+def is_called_unseen(module: nn.Module, ancestors: Sequence[nn.Module]) -> bool:
+    """Tell whether the model around the layer calls it past torch, where no hook hears of it."""
+    return (
+        bool(ancestors) and is_keras(module) and type(ancestors[-1]).__name__ == "TimeDistributed"
+    )
 
 
 def trains(module: nn.Module) -> bool:
@@ -53,6 +82,7 @@ def normalizing_by_batch(module: nn.Module) -> Iterator[None]:
     """Call the layer as with ``training=True`` inside the block, whatever the caller says."""
     call: Any = module.call
     position = position_of_training(call)
+    replaced = "call" in module.__dict__  # by the user, on the instance
 
     def by_batch(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = in_mode(position, args, kwargs, training=True)
@@ -63,25 +93,25 @@ def normalizing_by_batch(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         del module.__dict__["call"]
+        if replaced:
+            module.__dict__["call"] = call
 
 
 def position_of_training(call: Callable[..., Any]) -> int | None:
     """Return the position of ``training=`` among the arguments of a call; None if it takes none.
 
-    That of a function of a class counts the layer itself, which is not among the arguments: one is
-    subtracted.
+    Of a class' function the layer itself, its first parameter, is one of them.
 
     Example:
         >>> class Norm:
         ...     def call(self, inputs, training=None): ...
         >>> position_of_training(Norm.call), position_of_training(Norm().call)
-        (1, 1)
+        (2, 1)
     """
     parameters = list(inspect.signature(call).parameters.values())
-    offset = int(not inspect.ismethod(call))
     for position, parameter in enumerate(parameters):
         if parameter.name == "training":
-            return position - offset
+            return position
     by_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     return len(parameters) if by_name else None
 
@@ -102,6 +132,12 @@ def in_mode(
     if position < len(args):
         return (*args[:position], training, *args[position + 1 :]), kwargs
     return args, kwargs | {"training": training}
+
+
+def is_symbolic() -> bool:
+    """Tell whether Keras runs the model to learn its shapes, as `fit` does before it trains."""
+    scope = sys.modules.get("keras.src.backend.common.symbolic_scope")
+    return scope is not None and bool(scope.in_symbolic_scope())
 
 
 def axis(module: nn.Module) -> int:
@@ -137,10 +173,52 @@ def set_switch(module: Any, switch: str, value: Any) -> None:
 FOREIGN = "is a layer of Keras: port the model with sn.port, do this in torch, and port it back"
 
 
-def _recognizes(module: nn.Module) -> bool:
-    return is_keras(module) and any(
-        kind.__name__ == "BatchNormalization" for kind in type(module).__mro__
+def core_of(kind: type) -> type | None:
+    """Return Keras' own BatchNormalization among a class and its bases; None if there is none."""
+    return next((base for base in kind.__mro__ if _is_core(base)), None)
+
+
+def _is_core(kind: type) -> bool:
+    is_keras_own = kind.__module__.partition(".")[0] == "keras" and "held_base" not in vars(kind)
+    return kind.__name__ == "BatchNormalization" and is_keras_own
+
+
+def renorm_statistics(module: Any) -> dict[str, Tensor]:
+    """Return the statistics that a layer with ``renorm=True`` has besides, by name."""
+    if not getattr(module, "renorm", False) or module.moving_mean is None:
+        return {}
+    return {name: getattr(module, name).value for name in RENORM}
+
+
+def others(module: Any) -> dict[str, Tensor]:
+    """Return what the layer counts and keeps besides its four tensors, by name."""
+    known = {id(getattr(module, name, None)) for name in _TENSORS.values()}
+    return {v.name: v.value for v in module._non_trainable_variables if id(v) not in known}
+
+
+def keeps_state(thing: object) -> bool:
+    """Tell whether it is of those of Keras that keep state outside layers, optimizers for one."""
+    return any(
+        kind.__name__ in _KEEPERS and kind.__module__.startswith("keras.")
+        for kind in type(thing).__mro__
     )
+
+
+def state_of(modules: Iterable[Any]) -> list[Any]:
+    """Return the variables of layers that do not train: statistics, counters, seeds."""
+    return [
+        variable
+        for module in modules
+        if is_keras(module)
+        for variable in (
+            *module._non_trainable_variables,
+            *(generator.state for generator in module._seed_generators),
+        )
+    ]
+
+
+def _recognizes(module: nn.Module) -> bool:
+    return is_keras(module) and core_of(type(module)) is not None
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor | None:
