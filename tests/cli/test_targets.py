@@ -11,6 +11,7 @@ from torch import nn
 
 from stillnorm.cli.targets import load_data, load_function, load_model
 from stillnorm.errors import TargetError
+from stillnorm.norms import find_norms
 
 
 @pytest.mark.parametrize(
@@ -165,3 +166,13 @@ def test_as_a_new_user_would(project):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Net: 1 norm layer, train mode now")
+
+
+def test_a_file_of_keras_is_a_model(project, run, fails):
+    keras = pytest.importorskip("keras")
+    norm = keras.layers.BatchNormalization(name="bn")
+    keras.Sequential([keras.Input((4,)), norm]).save(project / "model.keras")
+    assert [found.path for found in find_norms(load_model("model.keras"))] == ["bn"]
+    assert "bn    BatchNormalization" in run("inspect", "model.keras").stdout
+    (project / "broken.keras").write_text("no archive")
+    assert "broken.keras cannot be loaded" in fails("inspect", "broken.keras")[0]

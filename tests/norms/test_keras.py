@@ -340,3 +340,11 @@ def test_what_a_step_of_keras_changes_is_put_back() -> None:
     assert all(
         torch.equal(as_torch(v.value), was) for v, (_, was) in zip(every, before, strict=True)
     )
+
+
+def test_the_mode_now_is_not_told_of_what_has_none() -> None:
+    text = str(sn.inspect(make()))
+    assert text.startswith("Functional: 3 norm layers\n")
+    both = str(sn.inspect(nn.Sequential(nn.BatchNorm2d(3), make(axis=1)).eval()))
+    assert "4 norm layers, eval mode now\n" in both
+    assert "of a layer of Keras: train() is a call with training=True" in both

@@ -43,6 +43,7 @@ TARGET makes the model, or is a file that is looked at alone:
   package.module:factory     torchvision.models:resnet18
   file.py:factory            net.py:make
   a call with literals       "timm:create_model('resnet50')"
+  a file of Keras            model.keras
   a checkpoint               .safetensors, .pt, .pth, .ckpt, .bin
   an exported graph          .onnx, .pt2 of torch.export
 """

@@ -3,7 +3,8 @@
 ``package.module:factory``, ``file.py:factory``, or a call with literal arguments,
 ``"timm:create_model('resnet50')"``. A class or a function is called without arguments. Arguments
 are read as literals, never evaluated; the module itself is the user's own code and is run. A
-checkpoint or an exported graph, ``run3.ckpt``, is read; nothing in it is run.
+checkpoint or an exported graph, ``run3.ckpt``, is read; nothing in it is run. A file of Keras,
+``model.keras``, is a model: it is read, on the torch backend, and no code in it is run.
 """
 
 from __future__ import annotations
@@ -45,12 +46,22 @@ def load_model(target: str) -> nn.Module:
     """
     from torch import nn
 
-    model = _made(target)
+    is_file = ":" not in target[2:] and target.endswith(".keras")
+    model = _read_keras(target) if is_file else _made(target)
     if not isinstance(model, nn.Module):
         raise TargetError(
             f"{target} gives {_a(model)}, not a torch.nn.Module",
-            help="name a function or a class that returns the model",
+            help="KERAS_BACKEND=torch: on other backends a Keras model is none"
+            if is_file
+            else "name a function or a class that returns the model",
         )
+    return model
+
+
+def _read_keras(path: str) -> object:
+    from stillnorm.porting import read_keras
+
+    model: object = read_keras(path)
     return model
 
 

@@ -81,9 +81,12 @@ def first_tensor(batch: object) -> Tensor:
     """
     tensor = next(tensors_in(batch), None)
     if tensor is None:
+        kind = type(batch).__name__
         raise BatchError(
-            f"there is no tensor in the batch, a {type(batch).__name__}",
-            help="give batches of tensors",
+            f"there is no tensor in the batch, a {kind}",
+            help="torch.from_numpy(batch), of the dtype that the model has"
+            if kind == "ndarray"
+            else "give batches of tensors",
         )
     return tensor
 

@@ -33,7 +33,8 @@ class Inspected:
         paths: All its paths, where it is registered more than once.
         kind: The class name; of a layer that stillnorm holds, the name before.
         num_features: The number of channels; 0 for a lazy layer before its first forward.
-        training: Its flag `training` now.
+        provider: The library whose layer it is: ``"torch"``, ``"torchvision"``, ``"keras"``.
+        training: Its flag `training` now, which means nothing to a layer of Keras.
         normalizes_by_in_train: What it would normalise by after `model.train()`: ``"batch"``,
             ``"running"``, or ``"sample"`` (instance norm).
         normalizes_by_in_eval: The same after `model.eval()`.
@@ -41,7 +42,8 @@ class Inspected:
         has_affine: Whether it has a weight or a bias.
         trains_affine: Whether a gradient reaches them.
         held: What keeps it frozen through `model.train()`: ``"stillnorm"``, a user's own
-            ``"MyNet.train()"``, ``"torchvision FrozenBatchNorm2d"``; or None.
+            ``"MyNet.train()"``, ``"torchvision FrozenBatchNorm2d"``, Keras's own
+            ``"trainable=False"``; or None.
         eps: What is added to the variance.
         momentum: The weight of the new batch in the running statistics; None for the average.
         batches_seen: `num_batches_tracked`, where it exists; 0 can be a legacy checkpoint.
@@ -56,6 +58,7 @@ class Inspected:
     paths: tuple[str, ...]
     kind: str | None
     num_features: int
+    provider: str | None
     training: bool | None
     normalizes_by_in_train: NormalizesBy | None
     normalizes_by_in_eval: NormalizesBy | None
@@ -161,6 +164,7 @@ def _stored_row(layer: NormLayer, uses: NormalizesBy | None) -> Inspected:
         paths=layer.paths,
         kind=None,
         num_features=layer.num_features,
+        provider=None,
         training=None,
         normalizes_by_in_train=None,
         normalizes_by_in_eval=None,
@@ -184,6 +188,7 @@ def _row(layer: NormLayer, modes: Modes, seen: Trace | None) -> Inspected:
         paths=layer.paths,
         kind=layer.kind,
         num_features=layer.num_features,
+        provider=layer.provider,
         training=layer.module.training,
         normalizes_by_in_train=layer.normalizes_by(in_train),
         normalizes_by_in_eval=layer.normalizes_by(in_eval),

@@ -61,8 +61,11 @@ def _headline(inspection: Inspection, rows: int) -> str:
         return f"{inspection.model}: {', '.join([inspection.file, *facts])}"
     if held := sum(layer.held is not None for layer in layers):
         facts.append(f"{held} held")
+    ours = [layer for layer in layers if layer.provider != "keras"]
+    if layers and not ours:  # Keras' alone
+        return f"{inspection.model}: {', '.join(facts)}"
     facts.append(f"{'train' if inspection.training else 'eval'} mode now")
-    others = sum(layer.held is None and layer.training != inspection.training for layer in layers)
+    others = sum(layer.held is None and layer.training != inspection.training for layer in ours)
     if others:
         facts.append(f"{others} of the norms in {'eval' if inspection.training else 'train'}")
     return f"{inspection.model}: {', '.join(facts)}"
@@ -249,7 +252,7 @@ def _legend(layers: tuple[Inspected, ...]) -> Iterator[Line]:
         "train()/eval(): what normalises in that mode.  "
         "updates: torch momentum, the weight of a new batch."
     )
-    if any(layer.kind == "BatchNormalization" for layer in layers):
+    if any(layer.provider == "keras" for layer in layers):
         yield Line("of a layer of Keras: train() is a call with training=True, eval() one without.")
     if layers[0].used is not None:
         yield Line("used: what the forward really used on this batch, in the modes of now.")
