@@ -44,6 +44,7 @@ CONFINED = {
     "onnx": ("demo/", "diagnosis/files/onnx_file.py", "export/onnx_graph.py"),
     "onnxscript": ("export/onnx_graph.py",),
     "onnxruntime": ("export/onnx_graph.py",),
+    "onnx_ir": ("export/onnx_graph.py",),
     "torchvision": ("demo/half.py",),
     "keras": ("holding/keras.py", "porting/keras/"),
     "jax": (),

@@ -89,6 +89,7 @@ def test_the_first_batch_of_the_data(run, files):
 def test_a_finding_speaks_against_it(fails, files):
     fact, help = fails("export", "ex.py:broken", "--example", "ex.py:example", "--out", "net.onnx")
     assert fact.startswith("SN102 non-finite-statistics: ")
+    assert fact.endswith("; layer 1")
     assert "recalibrate" in help
     assert not (files / "net.onnx").exists()
 

@@ -70,7 +70,9 @@ def test_the_report(tmp_path: Path) -> None:
     assert report.opset is not None
     said = str(report)
     assert said.startswith("net.onnx computes what the model does in eval mode")
-    assert "1 batch norm in it, 1 absorbed" in said
+    assert "norms: 1 as batch norms, 1 folded into weights or written as other operations" in said
+    assert "max error / max value" in said
+    assert told["findings"] == []
     assert "takes x float32 (batch, 3, 8, 8)" in said
     with pytest.raises(AttributeError):
         report.size = 0  # type: ignore[misc]
@@ -214,6 +216,7 @@ def test_tokens(tmp_path: Path) -> None:
 
     report = exported(Words(), torch.randint(10, (3, 6)), tmp_path, ".onnx")
     assert [str(port) for port in report.inputs] == ["ids int64 (batch, 6)"]
+    assert [str(port) for port in report.outputs] == ["output float32 (batch, 4)"]
 
 
 def test_half_precision(tmp_path: Path) -> None:
@@ -309,7 +312,7 @@ def test_a_branch_on_a_value(
 
 def test_what_a_graph_cannot_return(tmp_path: Path) -> None:
     model = net_with(lambda self, x: (self.head(x), 3))
-    with pytest.raises(ExportError, match="returns a tuple with int in it"):
+    with pytest.raises(ExportError, match="returns int in its tuple"):
         exported(model, images(), tmp_path, ".onnx")
     exported(model, images(), tmp_path, ".pt2")
 
@@ -320,7 +323,7 @@ def test_what_a_graph_cannot_return(tmp_path: Path) -> None:
         (lambda y: None, "returns no tensor", (".onnx", ".pt2")),
         (lambda y: {}, "returns no tensor", (".onnx", ".pt2")),
         (lambda y: y.sum().item(), "returns no tensor", (".pt2",)),
-        (lambda y: (y, "logits"), "returns a tuple with str in it", (".onnx", ".pt2")),
+        (lambda y: (y, "logits"), "returns str in its tuple", (".onnx", ".pt2")),
         (lambda y: y + 0j, "returns complex64, which ONNX does not", (".onnx",)),
         (lambda y: (y, y * torch.nan), "returns NaN or infinity throughout", (".onnx", ".pt2")),
         (lambda y: -torch.inf + y, "returns NaN or infinity throughout", (".pt2",)),
@@ -363,8 +366,9 @@ def test_a_model_that_goes_by_what_it_has_seen(tmp_path: Path, suffix: str) -> N
 @BOTH
 def test_a_model_that_draws_random_numbers(tmp_path: Path, suffix: str) -> None:
     model = net_with(lambda self, x: nn.functional.dropout(self.head(x)))
-    with pytest.raises(ExportError, match="returns another output each time"):
+    with pytest.raises(ExportError, match="returns another output each time") as caught:
         exported(model, images(), tmp_path, suffix)
+    assert "F.dropout(x, training=self.training)" in caught.value.help
     assert list(tmp_path.iterdir()) == []
 
 
@@ -385,7 +389,7 @@ class Stuck(Net):
         (torch.jit.script(net().eval()), images(), StateError, "TorchScript"),
         (torch.jit.trace(net().eval(), images()), images(), StateError, "TorchScript"),
         (net().to("meta"), images().to("meta"), StateError, "conv.weight is on the meta device"),
-        (net().forward, images(), ExportError, "a method is not an nn.Module"),
+        (net().forward, images(), ExportError, "the model is no nn.Module but of type method"),
         (Stuck(), images(), StateError, "eval\\(\\) of the model raised RuntimeError: stuck"),
     ],
     ids=[

@@ -40,6 +40,7 @@ def test_it_is_exported_as_it_predicts(tmp_path: Path, suffix: str) -> None:
     before = values(model)
     report = exported(model, images(2), tmp_path, suffix)
     assert [one.batch_size for one in report.runs] == [2, 1, 3]
+    assert [port.name for port in (*report.inputs, *report.outputs)] == ["inputs", "output"]
     x = images(5, 9)
     torch.testing.assert_close(run(report.path, x), model(x, training=False).detach())
     assert values(model) == before

@@ -64,7 +64,7 @@ def test_refused_with_the_finding(tmp_path: Path, name: str, suffix: str) -> Non
         exported(model, images(), tmp_path, suffix)
     (finding,) = caught.value.findings
     assert finding.code == code
-    assert finding.message in caught.value.fact
+    assert f"{finding.message}; layer {finding.paths[0] or '(root)'}" in caught.value.fact
     assert caught.value.help == finding.help != ""
     assert Fingerprint(model).differences(before) == []
     assert list(tmp_path.iterdir()) == []

@@ -44,7 +44,8 @@ def export(
 
     The file is run on the example and on its samples in other batch sizes, and compared with the
     model. A model whose eval output depends on the batch, or whose statistics are broken, is
-    refused with the finding. The file is written whole or not at all.
+    refused with the finding. Statistics that are initial or stale are named and exported as they
+    are. The file is written whole or not at all.
     """
     if out.suffix not in _WRITTEN:
         kinds = "; ".join(f"{suffix}, {what}" for suffix, what in _WRITTEN.items())

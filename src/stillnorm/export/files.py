@@ -12,6 +12,8 @@ from pathlib import Path
 from stillnorm.errors import FileFormatError
 from stillnorm.state.files import StrPath
 
+_WRITERS = {".onnx": "sn.export_onnx", ".pt2": "sn.export.export_program"}
+
 
 def target_of(path: StrPath, suffix: str) -> Path:
     """Return where a file will be, with symbolic links followed.
@@ -23,8 +25,11 @@ def target_of(path: StrPath, suffix: str) -> Path:
     given = Path(path)
     if given.suffix.lower() != suffix:
         name = f"{given.stem or 'model'}{suffix}"
+        other = _WRITERS.get(given.suffix.lower())
         raise FileFormatError(
-            f"{given} does not end in {suffix}", help=f"name it {name}: readers go by the ending"
+            f"{given} does not end in {suffix}",
+            help=f"name it {name}: readers go by the ending"
+            + (f"; {other} writes {given.suffix}" if other else ""),
         )
     try:
         target = Path(os.path.realpath(given))

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from stillnorm.diagnosis.files.onnx_file import read_onnx
 from stillnorm.errors import ExportError
 from stillnorm.export.artifact import Artifact, exporting
 from stillnorm.export.call import Call
+from stillnorm.export.names import input_names, output_names, unique
 from stillnorm.export.report import Port
 from stillnorm.export.sizes import opened
 from stillnorm.tracing import first_line
@@ -39,8 +41,8 @@ def must_be_installed() -> None:
             ) from error
 
 
-def write_onnx(call: Call, shapes: Any, path: Path) -> Artifact:
-    """Export a call and write it.
+def write_onnx(call: Call, shapes: Any, output: object, path: Path) -> Artifact:
+    """Export a call and write it; `output` is what the model returns.
 
     Raises:
         ExportError: torch cannot export it, or onnxruntime does not take what came of it.
@@ -62,6 +64,7 @@ def write_onnx(call: Call, shapes: Any, path: Path) -> Artifact:
         ours = [name for name in map(str, sizes.values()) if re.fullmatch(r"s\d+", name)]
         if ours and hasattr(program, "rename_axes"):  # torch 2.9 on; others are the user's names
             program.rename_axes(dict.fromkeys(ours, "batch"))
+        _rename(program, call, output)
         program.save(str(path))
     runtime = _runtime(path)
     names = [port.name for port in runtime.get_inputs()]
@@ -81,6 +84,29 @@ def write_onnx(call: Call, shapes: Any, path: Path) -> Artifact:
         read_onnx(path),
         run,
     )
+
+
+def _rename(program: Any, call: Call, output: object) -> None:
+    """Name inputs and outputs after what the model takes and returns.
+
+    `input_names` and `output_names` of torch.onnx.export set the same names, and leave others of
+    the graph that are the same: no reader takes such a file.
+    """
+    from onnx_ir.passes.common import NameFixPass
+
+    graph = program.model.graph
+    inputs = _of_tensors(input_names(call), call.leaves)
+    # An output may be a weight; its name cannot be another weight's.
+    weights = graph.initializers if any(v.is_initializer() for v in graph.outputs) else ()
+    outputs = unique(_of_tensors(output_names(output), tree_leaves(output)), {*inputs, *weights})
+    for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        for value, name in zip(values, names, strict=False):  # the comparison counts them
+            value.name = name
+    NameFixPass()(program.model)  # which leaves inputs and outputs as they are
+
+
+def _of_tensors(names: list[str], leaves: list[Any]) -> list[str]:
+    return [name for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]
 
 
 def _runtime(path: Path) -> Any:

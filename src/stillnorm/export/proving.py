@@ -59,8 +59,9 @@ def must_repeat(call: Call) -> None:
     if len(again) != len(first) or not all(map(allows, errors(again, first, names))):
         raise ExportError(
             "the model in eval mode returns another output each time: nothing can be compared",
-            help="pass random numbers in as an input; where the forward goes by buffers that it "
-            "writes to, not in eval mode",
+            help="dropout by function needs the mode: F.dropout(x, training=self.training); other "
+            "random numbers can be an input. If the output depends on a buffer that the forward "
+            "itself changes, a cache or a counter, change it only if self.training",
         )
 
 
@@ -89,7 +90,12 @@ def _compared(artifact: Artifact, call: Call, size: int | None, output: object) 
     wrong = [error for error in found if not tolerance.allows(error)]
     if wrong and not _rounds_so_itself(found, call, expected, tolerance):
         raise _wrong(wrong[0], tolerance, call, expected, size)
-    return Run(size, found)
+    constant = (name for name, y in zip(names, expected, strict=True) if _is_constant(y))
+    return Run(size, found, tuple(constant))
+
+
+def _is_constant(output: Tensor) -> bool:
+    return output.numel() > 1 and bool((output == output.flatten()[0]).all())
 
 
 def _rounds_so_itself(

@@ -17,6 +17,9 @@ from stillnorm.tracing import Forward
 
 _AGAINST = ("SN007", "SN102", "SN103", "SN107")
 
+# What is told and exported all the same: statistics that are not those of the data.
+_STATISTICS = ("SN004", "SN008", "SN101", "SN104", "SN112", "SN115", "SN202")
+
 
 def must_be_shapes(dynamic: object) -> None:
     """Raise where `dynamic` is neither yes nor no nor shapes; what else they are torch says.
@@ -40,7 +43,8 @@ def must_have_weights(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         raise ExportError(
-            f"a {type(model).__name__} is not an nn.Module", help="export the module that it calls"
+            f"the model is no nn.Module but of type {type(model).__name__}",
+            help="export the module that it calls",
         )
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise StateError(
@@ -76,6 +80,16 @@ def must_be_exportable(
         raise _refusal(against)
 
 
+def about_statistics(model: nn.Module) -> tuple[Finding, ...]:
+    """Return what the state of a model alone says against its statistics; it is as found."""
+    return check(model, select=_STATISTICS).findings
+
+
+def reaching(findings: Iterable[Finding], reached: Collection[str]) -> tuple[Finding, ...]:
+    """Return the findings about layers that the example reaches; others are not in the file."""
+    return tuple(f for f in findings if not set(reached).isdisjoint(f.paths))
+
+
 def _is_about(finding: Finding, reached: Collection[str]) -> bool:
     if finding.code == "SN007":  # of what ran; but for a train() that returns nothing
         return finding.evidence.get("kind") != "no return"
@@ -102,7 +116,7 @@ def must_be_tensors(output: object, example: object, format: Format) -> None:
         if not isinstance(leaf, (Tensor, *_ALSO[format])):
             kind = type(leaf).__name__
             raise ExportError(
-                f"the model returns a {type(output).__name__} with {kind} in it, which no graph can"
+                f"the model returns {kind} in its {type(output).__name__}, which no graph can"
                 if leaf is not output
                 else f"the model returns {kind}, which no graph can",
                 help="forward=lambda model, example: ... that returns the tensors alone",
@@ -135,8 +149,9 @@ def _refusal(findings: Iterable[Finding]) -> ExportError:
     """Return the error that tells the findings, the first of them in full."""
     first, *others = findings
     more = f" (and {', '.join(finding.code for finding in others)})" if others else ""
+    layers = f"layer{'s' if len(first.paths) > 1 else ''} {listed(first.paths)}"
     return ExportError(
-        f"{first.code} {first.slug}: {first.message}: {listed(first.paths)}{more}",
+        f"{first.code} {first.slug}: {first.message}; {layers}{more}",
         help=first.help,
         findings=(first, *others),
     )

@@ -25,7 +25,10 @@ def export_onnx(
 
     Written by ``torch.onnx.export(..., dynamo=True)``. Before the file takes its place it is run in
     onnxruntime, on the example and on its samples in other batch sizes, and compared with the model
-    in eval mode. Held, folded and split norms are exported as what they are.
+    in eval mode. Held, folded and split norms are exported as what they are. Inputs are called as
+    the parameters of the forward or the keys of the example, outputs after the structure that the
+    model returns: ``{"logits": y, "aux": {"n": z}}`` gives ``logits`` and ``aux.n``, a tensor alone
+    ``output``.
 
     Args:
         model: The model, in any mode. Inside `torch.compile` or DistributedDataParallel, the model
@@ -39,8 +42,10 @@ def export_onnx(
             example. Or the ``dynamic_shapes`` of `torch.export.export`, which are passed on.
 
     Returns:
-        The report: inputs and outputs, which norms are still batch norms, and the errors of every
-        output at every batch size that was run. Allowed are 3.5e-4 (root mean square of
+        The report: inputs and outputs, which norms are still batch norms, the errors of every
+        output at every batch size that was run, and what `check` says of the statistics without
+        data: initial ones (SN101, SN004) or stale ones (SN115) are exported as they are. Allowed
+        are 3.5e-4 (root mean square of
         the difference, relative to that of the output) and 3.5e-3 (the largest, relative to the
         largest value) in float32, in half precision 0.03 and 0.3, and more where the model
         itself rounds worse (see `stillnorm.export.compare`). Usual are 1e-6 to 1e-5.
@@ -73,6 +78,8 @@ def export_onnx(
         ...     report = export_onnx(net, torch.randn(2, 4), f"{folder}/net.onnx")
         >>> [run.batch_size for run in report.runs], report.max_error < 1e-5, net.training
         ([2, 1, 3], True, True)
+        >>> print(report.inputs[0], "->", report.outputs[0])
+        input float32 (batch, 4) -> output float32 (batch, 8)
 
     Source: the failures that it is made against, pytorch/pytorch#75252, #49229, #52867 and #115715,
     microsoft/onnxscript#1338 and #1791, microsoft/onnxruntime#26584.
@@ -93,7 +100,8 @@ def export_program(
     """Export the eval function of a model with `torch.export`, and prove that the file computes it.
 
     As `export_onnx`, without ONNX: the file is an archive of `torch.export.save`, which torch loads
-    and runs without the model's code and without stillnorm. It is loaded again and compared.
+    and runs without the model's code and without stillnorm. It is loaded again and compared. It
+    takes and returns the structures that the model does.
 
     Args:
         model: The model, in any mode.
@@ -125,8 +133,8 @@ def export_program(
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).train()
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     report = export_program(net, torch.randn(2, 4), f"{folder}/net.pt2")
-        >>> report.remaining, report.inputs[0].shape[1:], report.fixed_batch
-        (('1',), (4,), '')
+        >>> report.remaining, report.inputs[0].shape, report.fixed_batch
+        (('1',), ('batch', 4), '')
     """
     target = target_of(path, ".pt2")
     return export(write_program, "exported program", model, example, target, forward, dynamic)

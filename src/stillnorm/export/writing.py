@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,17 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from stillnorm.diagnosis import Finding
 from stillnorm.errors import BatchError, ExportError, StateError
 from stillnorm.export.artifact import Artifact
 from stillnorm.export.call import Call, doubled, size_of, unwrapped
 from stillnorm.export.files import written_whole
 from stillnorm.export.proving import must_repeat, proved
 from stillnorm.export.refusal import (
+    about_statistics,
     must_be_exportable,
     must_be_shapes,
     must_be_tensors,
     must_have_weights,
     must_not_use_the_batch,
+    reaching,
 )
 from stillnorm.export.report import ExportReport, Format
 from stillnorm.export.sizes import open_batch
@@ -32,7 +36,7 @@ from stillnorm.state import attributes_kept, preserved
 from stillnorm.tracing import Forward, Trace, call_example, first_line, trace
 
 Dynamic = bool | dict[str, Any] | tuple[Any, ...] | list[Any]
-Writer = Callable[[Call, Any, Path], Artifact]
+Writer = Callable[[Call, Any, object, Path], Artifact]
 
 # torch's exporters, and what keeps their output back, change state of the whole process.
 _ONE_AT_A_TIME = threading.RLock()
@@ -75,6 +79,9 @@ def export(
     model = unwrapped(model)
     must_have_weights(model)
     with _ONE_AT_A_TIME, _left_as_found(model), torch.inference_mode(False), torch.no_grad():
+        with preserved(model):
+            _to_eval(model)  # where that raises, it is said first
+        findings = about_statistics(model)  # in the modes that it is found in
         _to_eval(model)
         seen, output = _seen(model, example, run)
         must_be_tensors(output, example, format)
@@ -84,12 +91,15 @@ def export(
         must_repeat(call)
         plans = _plans(call, Call.of(model, several, forward), alone, dynamic)
         used = {one.path for one in seen.calls if one.used == "running"}
+        written = functools.partial(
+            _written, write, format, call, output, target, used, reaching(findings, seen.reached)
+        )
         for plan in plans[:-1]:
             try:
-                return _written(write, format, call, plan, target, used)
+                return written(plan)
             except ExportError as error:
                 plans[-1] = Plan(call, None, error.fact)
-        return _written(write, format, call, plans[-1], target, used)
+        return written(plans[-1])
 
 
 def _to_eval(model: nn.Module) -> None:
@@ -175,12 +185,19 @@ def _plans(call: Call, several: Call, alone: str, dynamic: Dynamic) -> list[Plan
 
 
 def _written(
-    write: Writer, format: Format, call: Call, plan: Plan, target: Path, used: set[str]
+    write: Writer,
+    format: Format,
+    call: Call,
+    output: object,
+    target: Path,
+    used: set[str],
+    findings: tuple[Finding, ...],
+    plan: Plan,
 ) -> ExportReport:
     """Write a file in one way, prove that it is right, and put it in its place."""
     # A forward may count in its buffers: what is tried next starts from where this did.
     with written_whole(target) as path, preserved(call.module):
-        artifact = write(plan.call, plan.shapes, path)
+        artifact = write(plan.call, plan.shapes, output, path)
         if any(norm.uses == "batch" for norm in artifact.stored.norms):
             must_not_use_the_batch(path)
         runs = proved(artifact, call, asked=plan.asked)
@@ -199,6 +216,7 @@ def _written(
         runs=runs,
         size=total,
         data=target.parent / beside[0].name if beside else None,
+        findings=findings,
     )
 
 
