@@ -13,6 +13,7 @@ import keras
 import pytest
 import torch
 from keras import layers
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from porting.twins import dense_net
@@ -48,7 +49,7 @@ def test_the_weights_are_written(run: Any, project: Path, model: Any) -> None:
     result = run(*arguments, "--example", "twin.py:x", "--out", "twin.safetensors")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith("3 layers ported to torch, 1 of them batch norms")
-    assert "the model with these weights: twin.safetensors" in result.stderr
+    assert "the tensors of the model with these weights: twin.safetensors" in result.stderr
     state = load_file(project / "twin.safetensors")
     assert torch.equal(state["4.weight"].T, model.layers[-1].kernel.value.detach())
 
@@ -118,3 +119,19 @@ print(*sorted({"keras", "torch", "jax"} & set(sys.modules)), file=sys.stderr)
             env=os.environ | {"PYTHONPATH": ""},
         )
         assert done.stderr.split()[-1:] == loaded.split(), done.stderr
+
+
+def test_what_is_in_no_tensor_is_said_beside_the_file(run: Any, project: Path, model: Any) -> None:
+    (project / "same.py").write_text(CODE.replace("BatchNorm1d(10)", "BatchNorm1d(10, 1e-3, 0.01)"))
+    arguments = ("--example", "twin.py:x", "--out", "twin.safetensors")
+    result = run("port", "from-keras", "model.keras", "twin.py:make", *arguments)
+    assert result.exit_code == 0
+    assert "BatchNorm1d(..., eps=0.001, momentum=0.01)" in result.stderr
+    assert "twin.safetensors loaded into twin.py:make is another model" in result.stderr
+    with safe_open(project / "twin.safetensors", "pt") as file:
+        kept = json.loads(file.metadata()["stillnorm.port"])
+    assert kept == {"2": {"eps": 0.001, "momentum": 0.01}}
+    result = run("port", "from-keras", "model.keras", "same.py:make", *arguments)
+    assert "another model" not in result.stderr
+    with safe_open(project / "twin.safetensors", "pt") as file:
+        assert not file.metadata()

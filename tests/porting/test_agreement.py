@@ -179,7 +179,7 @@ def test_written(ported: Any) -> None:
     assert "kept as it is, so that eval outputs stay the same" in text
     told = json.loads(report.to_json())
     assert told["agreement"]["statistics"][0]["values"] == 16
-    assert json.loads(report.agreement.to_json())["tolerance"] == 1e-3
+    assert json.loads(report.agreement.to_json())["tolerance"] < 1e-4
     assert str(report.agreement).startswith("the models agree")
 
 
@@ -204,7 +204,7 @@ def test_an_example_that_is_not_taken(ported: Any) -> None:
         sn.port.compare(there, dense_twin().to("meta"), x)
 
 
-@pytest.mark.parametrize("tolerance", [-1.0, float("nan"), "1e-3", None])
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan"), "1e-3"])
 def test_a_tolerance_that_cannot_be(ported: Any, tolerance: Any) -> None:
     there, here, x = ported
     with pytest.raises(ValueError, match="is no number of 0 or more"):

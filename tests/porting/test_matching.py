@@ -75,8 +75,8 @@ def test_a_map_ports_what_it_names() -> None:
     there, here = two_dense(), TwoLinear()
     kept = here.second.weight.clone()
     report = sn.port.from_keras(there, here, names={"a": "first"})
-    assert report.left == ("b", "second")
-    assert "left alone: b, second" in str(report)
+    assert (report.left_in_keras, report.left_in_torch) == (("b",), ("second",))
+    assert "in Keras, not in names=, left alone: b\n" in str(report)
     assert torch.equal(here.second.weight, kept)
     assert not torch.equal(here.first.weight, kept)
 
@@ -307,3 +307,58 @@ def test_a_layer_in_two_places_is_one_layer() -> None:
             return self.shared(self.shared(x))
 
     assert sn.port.from_keras(there, Twice(), example=torch.randn(3, 4)).agreement
+
+
+# ------------------------------------------------------------------------------- what is said
+
+
+def test_a_surplus_layer_is_named() -> None:
+    here = NestedTwin()
+    here.extra = nn.BatchNorm2d(4)
+    with pytest.raises(PortError, match="has 2 batch norms, the torch model 3") as error:
+        sn.port.from_keras(nested_net(), here)
+    assert error.value.help.startswith("only in torch: extra; give a map")
+
+
+def test_names_of_both_sides_are_listed_where_none_is_the_same() -> None:
+    there = keras.Sequential(
+        [keras.Input((4,)), *(layers.Dense(4, name=f"dense{i}") for i in range(6))]
+    )
+    with pytest.raises(PortError, match="has 6 dense layers, the torch model 1") as error:
+        sn.port.from_keras(there, nn.Sequential(nn.Linear(4, 4)))
+    listed = "only in Keras: dense0, dense1, dense2, dense3 and 2 more; only in torch: 0; give"
+    assert error.value.help.startswith(listed)
+
+
+def test_which_layer_went_where_is_told_where_the_order_could_be_wrong() -> None:
+    text = str(sn.port.from_keras(two_dense(), TwoLinear()))
+    assert [line.split() for line in text.splitlines()[-2:]] == [
+        ["a", "second", "dense", "layer"],
+        ["b", "first", "dense", "layer"],
+    ]
+    there = keras.Sequential(
+        [keras.Input((4,)), *(layers.Dense(4, name=f"d{i}") for i in range(30))]
+    )
+    here = nn.Sequential(*(nn.Linear(4, 4) for _ in range(30)))
+    text = str(sn.port.from_keras(there, here))
+    assert "and 10 more: report.ported" in text
+
+
+def test_distinct_shapes_have_not_changed_places() -> None:
+    report = sn.port.from_keras(dense_net(), dense_twin())
+    assert report.matched == "order"
+    assert not report.by_chance
+    assert "changed places" not in str(report)
+    here = dense_twin()
+    here[1] = nn.Tanh()
+    with pytest.raises(PortError) as error:
+        sn.port.from_keras(dense_net(), here, example=torch.randn(8, 6))
+    assert "changed places" not in error.value.help
+
+
+def test_an_article() -> None:
+    there = keras.Sequential([keras.Input((3,)), layers.Embedding(5, 4, name="words")])
+    with pytest.raises(RefusedError, match="words cannot be ported: an Embedding in Keras"):
+        sn.port.from_keras(there, nn.Sequential())
+    with pytest.raises(RefusedError, match="0 cannot be ported: an Embedding in torch"):
+        sn.port.from_keras(two_dense(), nn.Sequential(nn.Embedding(5, 4), TwoLinear()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import keras
@@ -269,3 +270,44 @@ def test_a_refused_layer_is_left_as_it_was_and_the_others_are_ported() -> None:
     assert (here[0].eps, here[0].momentum, here[1].momentum) == (1e-5, 0.1, 0.1)
     assert here[0].running_mean.tolist() == [0] * 5
     assert here[1].eps == 1e-3
+
+
+# ------------------------------------------------------------------------------- in no file
+
+
+def norms(*settings: dict[str, Any]) -> Any:
+    parts = [keras.layers.BatchNormalization(**one) for one in settings]
+    return filled(keras.Sequential([keras.Input((5,)), *parts]))
+
+
+def test_what_no_file_of_tensors_has_is_said_with_what_to_write() -> None:
+    here = nn.Sequential(nn.BatchNorm1d(5), nn.BatchNorm1d(5))
+    report = sn.port.from_keras(norms({}, {}), here)
+    assert report.unwritten() == [
+        "set on 2 norms, and in no file of tensors: eps 1e-05 -> 0.001, momentum 0.1 -> 0.01",
+        "write it where the torch model is made: BatchNorm1d(..., eps=0.001, momentum=0.01)",
+    ]
+    assert all(line in str(report) for line in report.unwritten())
+    setting = json.loads(report.to_json())["ported"][0]["settings"][0]
+    assert setting == {"name": "eps", "before": 1e-5, "after": 1e-3}
+    # The model of that code, with the file, is the model that was ported.
+    again = nn.Sequential(*(nn.BatchNorm1d(5, eps=0.001, momentum=0.01) for _ in range(2)))
+    again.load_state_dict(here.state_dict())
+    x = torch.randn(8, 5)
+    assert torch.equal(again.eval()(x), here.eval()(x))
+    report = sn.port.from_keras(norms({}, {}), again)
+    assert report.unwritten() == []
+    assert "no file" not in str(report)
+
+
+def test_norms_that_are_set_apart_are_told_apart() -> None:
+    here = nn.Sequential(*(nn.BatchNorm1d(5) for _ in range(3)))
+    there = norms({"trainable": False}, {"scale": False}, {"epsilon": 1e-5, "momentum": 0.9})
+    changed, code = sn.port.from_keras(there, here).unwritten()
+    assert "set on 2 norms" in changed
+    assert "held False -> True (0)" in changed
+    assert "weight.requires_grad True -> False (1)" in changed
+    assert "BatchNorm1d(..., eps=0.001, momentum=0.01) (0, 1)" in code
+    assert "sn.freeze(model, layers) (0)" in code
+    assert "weight.requires_grad_(False) (1)" in code
+    assert sn.port.to_keras(here, norms({}, {}, {})).unwritten() == []

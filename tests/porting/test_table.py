@@ -85,3 +85,17 @@ def test_written() -> None:
     page = table.to_html()
     assert "<h1>What batch norm and dropout are in four frameworks</h1>" in page
     assert inspect.getdoc(sn.port.table)
+
+
+def test_sources_are_numbered_once_in_text_and_listed_by_difference_in_json() -> None:
+    table = sn.port.table()
+    text, used = str(table), {s for one in table.differences for s in one.sources}
+    body, _, listed = text.partition("\nSources\n")
+    assert "https://" not in body
+    numbered = dict(line.split(maxsplit=1) for line in listed.splitlines())
+    assert set(numbered.values()) == used
+    assert list(numbered) == [str(i) for i in range(1, len(used) + 1)]
+    told = json.loads(table.to_json())["differences"][0]["sources"]
+    first = next(line for line in body.splitlines() if line.startswith("sources: "))
+    assert [numbered[i] for i in first.removeprefix("sources: ").split(", ")] == told
+    assert "tf.keras 2" in row("The variance that is kept").keras

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,9 @@ from stillnorm.cli import targets
 from stillnorm.cli.options import TARGETS, format_of, format_option, load, show, working
 from stillnorm.cli.weights import must_be_tensors, must_have_a_folder
 from stillnorm.errors import FileFormatError
+
+if TYPE_CHECKING:
+    from stillnorm.porting import PortReport
 
 
 @click.group("port")
@@ -65,7 +69,7 @@ def table(format: str) -> None:
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE",
     help="Where to write the model's tensors: .safetensors. Without it, what would be ported is "
-    "told. eps, momentum and holds are in no file of tensors.",
+    "told. eps, momentum and holds are in no tensor: the report says which to write in the code.",
 )
 @format_option
 def from_keras(
@@ -100,10 +104,26 @@ def from_keras(
         with working(f"writing {out.name}"):
             from stillnorm.state.files import write_tensors
 
-            write_tensors(out, loaded.model.state_dict(), {})
+            write_tensors(out, loaded.model.state_dict(), _metadata(report))
     show(report, report.document(), format)
-    kept = "nothing is written: --out FILE.safetensors keeps the weights"
-    click.echo(kept if out is None else f"the model with these weights: {out}", err=True)
+    if out is None:
+        click.echo("nothing is written: --out FILE.safetensors keeps the weights", err=True)
+        return
+    click.echo(f"the tensors of the model with these weights: {out}", err=True)
+    for line in report.unwritten():
+        click.echo(line, err=True)
+    if report.unwritten():
+        click.echo(f"until then {out.name} loaded into {target} is another model", err=True)
+
+
+def _metadata(report: PortReport) -> dict[str, str]:
+    """Return the settings that are in no tensor, to be read by people."""
+    settings = {
+        one.path: {it.name: it.after for it in one.settings}
+        for one in report.ported
+        if one.settings
+    }
+    return {"stillnorm.port": json.dumps(settings)} if settings else {}
 
 
 def _names(file: Path) -> dict[str, str]:

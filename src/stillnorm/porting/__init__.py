@@ -10,4 +10,5 @@ from stillnorm.porting.port import to_keras as to_keras
 from stillnorm.porting.report import Agreement as Agreement
 from stillnorm.porting.report import Ported as Ported
 from stillnorm.porting.report import PortReport as PortReport
+from stillnorm.porting.report import Setting as Setting
 from stillnorm.porting.report import StatisticsError as StatisticsError

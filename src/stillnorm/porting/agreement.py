@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,17 +13,42 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from stillnorm.errors import PortError
-from stillnorm.norms import write
 from stillnorm.norms.adapters.keras import complement
+from stillnorm.porting.copied import Copy
+from stillnorm.porting.example import (
+    as_input,
+    each,
+    is_channels_last,
+    moved,
+    must_not_be_constant,
+    must_not_be_zero,
+    taken,
+)
 from stillnorm.porting.keras.parts import KerasPart, as_torch
-from stillnorm.porting.keras.running import cause, left_as_found, random_layer, run
+from stillnorm.porting.keras.running import (
+    dropout_rates,
+    left_as_found,
+    precision_of,
+    random_layer,
+    run,
+)
 from stillnorm.porting.matching import Pair
 from stillnorm.porting.report import Agreement, StatisticsError
+from stillnorm.porting.rounding import FLOAT32, UNMEASURED, allowed, precision
+from stillnorm.porting.step import (
+    Moments,
+    counted,
+    expected,
+    forward_in_training,
+    learns,
+    magnitude,
+    moments,
+    relative,
+    start_from_zero,
+)
 from stillnorm.porting.torch_layers import TorchPart
 from stillnorm.state import eval_mode, preserved
 from stillnorm.tracing import call_example, eager, tensors_in
-
-Moments = tuple[Tensor, Tensor]
 
 
 def agreement(
@@ -32,45 +57,104 @@ def agreement(
     pairs: Sequence[Pair],
     example: object,
     torch_example: object,
-    tolerance: float,
+    tolerance: float | None,
 ) -> Agreement:
     """Run both models on one example, in eval mode and one forward in train mode.
 
     Both are left as they were. See `stillnorm.porting.compare` for the arguments.
     """
-    last = any(_is_channels_last(part) for part, _ in pairs)
+    last = any(is_channels_last(part) for part, _ in pairs)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if like.is_meta:
         raise PortError("the torch model is on the meta device", help="give it values first")
 
     def given() -> Any:
         if torch_example is not None:
-            return _each(torch_example, lambda value: as_torch(value).to(like.device))
-        return _each(example, lambda value: _as_input(_moved(as_torch(value), last), like))
+            return each(torch_example, lambda value: as_torch(value).to(like.device))
+        return each(example, lambda value: as_input(moved(as_torch(value), last), like))
 
+    norms = [pair for pair in pairs if pair[1].norm is not None]
+    kept = [pair for pair in norms if "running_mean" in pair[1].tensors()]
+    learning = [pair for pair in kept if learns(*pair)]
+    rates = dropout_rates(keras_model)
     with left_as_found(keras_model), preserved(model), torch.no_grad(), eager():
-        with _taken("Keras", "example= is what the Keras model takes: an array, or several"):
+        with taken("Keras", "example= is what the Keras model takes: an array, or several"):
             theirs = run(keras_model, example, training=False)
-        with eval_mode(model), _taken("torch", "torch_example= is the input as torch takes it"):
+        must_not_be_zero(example)
+        help = "torch_example= is the input as torch takes it"
+        with eval_mode(model), taken("torch", help), _called_dropouts(model) as dropouts:
             ours = call_example(model, given())
-        error, largest = _outputs(*_flat(theirs, ours), last)
-        rows: tuple[StatisticsError, ...] = ()
+        there, here = _flat(theirs, ours)
+        error, largest = _outputs(there, here, last)
+        must_not_be_constant(example, there)
+        exact = None
+        if tolerance is None:
+            exact = Copy.of(model, given(), [twin.path for _, twin in learning])
+        eps = precision([*model.parameters(), *model.buffers()])
+        bounds = _Bounds(tolerance, exact, max(eps, precision_of(keras_model)), eps)
+        rows: list[StatisticsError] = []
         reason = f"{layer}, is random in train mode" if (layer := random_layer(keras_model)) else ""
-        norms = [pair for pair in pairs if pair[1].norm is not None]
-        kept = [pair for pair in norms if "running_mean" in pair[1].tensors()]
         if kept and not reason:
-            for pair in kept:
-                _start_from_zero(*pair)
-            before = [(_moments(one.read), _moments(twin.tensors().get)) for one, twin in kept]
-            with _counted(kept) as counts:
-                reason = _step(keras_model, model, example, given())
+            for one, twin in learning:
+                start_from_zero(twin, one)
+            before = {pair: (moments(pair[0].read), moments(_read(pair[1]))) for pair in kept}
+            with counted(kept) as counts:
+                reason = forward_in_training(model, given())
             if not reason:
-                rows = tuple(
-                    _row(one, twin, *was, counts[twin.module])
-                    for (one, twin), was in zip(kept, before, strict=True)
-                )
-    settings = tuple((twin.path, what) for one, twin in norms for what in _settings(one, twin))
-    return Agreement(error, largest, tolerance, settings, rows, reason)
+                run(keras_model, example, training=True)
+                in_order = list(counts)
+                kept.sort(key=lambda pair: _place(in_order, pair[1].module))
+                rows = [_row(pair, *before[pair], counts[pair[1].module], bounds) for pair in kept]
+    settings = [(twin.path, what) for one, twin in norms for what in _settings(one, twin)]
+    most, measured = bounds.of_outputs(here, theirs)
+    agreed = Agreement(
+        error,
+        largest,
+        most,
+        measured,
+        (*settings, *_rates(rates, dropouts)),
+        tuple(rows),
+        reason,
+        given=tolerance is not None,
+    )
+    return agreed if agreed.same_outputs else replace(agreed, unequal=_unequal(pairs))
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """How far two models may be apart.
+
+    Args:
+        tolerance: As given; None to go by the torch model's rounding.
+        exact: What a copy of it computes; None where it was not asked for, or cannot.
+        eps: The precision of the coarser model.
+        eps_torch: That of the torch model.
+    """
+
+    tolerance: float | None
+    exact: Copy | None
+    eps: float
+    eps_torch: float
+
+    def of_outputs(self, ours: Sequence[Tensor], theirs: object) -> tuple[float, float | None]:
+        """Return what is allowed, and the torch model's own rounding where it was measured."""
+        if self.tolerance is not None:
+            return self.tolerance, None
+        if self.exact is None:
+            return UNMEASURED, None
+        error, largest = _outputs(_flat(theirs, self.exact.output)[1], list(ours), last=False)
+        own = error / (largest or 1.0)
+        return allowed(own, self.eps, self.eps_torch), own
+
+    def of_statistics(self, path: str, ours: Moments) -> tuple[float, float]:
+        """Return what rounding explains in a norm, and what is allowed."""
+        if self.tolerance is not None:
+            return min(self.tolerance, UNMEASURED), self.tolerance
+        if self.exact is None or path not in self.exact.statistics:
+            return UNMEASURED, UNMEASURED
+        own = max(relative(ours, self.exact.statistics[path]))
+        explained = allowed(own, self.eps, self.eps_torch)
+        return explained, max(explained, UNMEASURED)
 
 
 def _settings(one: KerasPart, twin: TorchPart) -> Iterator[str]:
@@ -97,18 +181,48 @@ def _settings(one: KerasPart, twin: TorchPart) -> Iterator[str]:
             yield f"{name} is {value} in torch, {theirs[name]} in Keras"
 
 
-# ------------------------------------------------------------------------------- outputs
+def _rates(theirs: Sequence[float], ours: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """Yield the dropouts that drop another share, where both sides have as many."""
+    if len(theirs) != len(ours) or sorted(theirs) == sorted(ours.values()):
+        return  # parallel branches come in any order
+    for rate, (path, p) in zip(theirs, ours.items(), strict=True):
+        if rate != p:
+            yield path, f"drops {p} in torch, {rate} in Keras"
 
 
 @contextmanager
-def _taken(side: str, help: str) -> Iterator[None]:
-    """Say which model does not take the example, whatever it raises."""
+def _called_dropouts(model: nn.Module) -> Iterator[dict[str, float]]:
+    """Collect the rates of the dropouts that drop something, by path, in order of calls."""
+    rates: dict[str, float] = {}
+    handles = [
+        module.register_forward_hook(lambda *_, path=path, p=module.p: rates.update({path: p}))
+        for path, module in model.named_modules()
+        if isinstance(module, _DropoutNd) and module.p
+    ]
     try:
-        yield
-    except Exception as error:
-        raise PortError(
-            f"the {side} model does not take the example: {cause(error)}", help=help
-        ) from error
+        yield rates
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _unequal(pairs: Sequence[Pair]) -> tuple[str, ...]:
+    """Return the paths of layers that hold other values than their twins."""
+
+    def same(one: KerasPart, twin: TorchPart) -> bool:
+        for name, tensor in twin.tensors().items():
+            there, here = one.read(name), tensor.detach().cpu()
+            rtol = max(torch.finfo(here.dtype).eps, FLOAT32)
+            if there is not None and not torch.allclose(
+                there.double(), here.double(), rtol=rtol, atol=torch.finfo(here.dtype).tiny
+            ):
+                return False
+        return True
+
+    return tuple(twin.path for one, twin in pairs if not same(one, twin))
+
+
+# ------------------------------------------------------------------------------- outputs and rows
 
 
 def _flat(theirs: Any, ours: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -127,139 +241,34 @@ def _outputs(theirs: list[Tensor], ours: list[Tensor], last: bool) -> tuple[floa
         )
     error = largest = 0.0
     for a, b in zip(theirs, ours, strict=True):
-        moved = _moved(a, last)
-        a = moved if moved.shape == b.shape else a
+        first = moved(a, last)
+        a = first if first.shape == b.shape else a
         if a.shape != b.shape:
             raise PortError(
                 f"an output is {tuple(a.shape)} in Keras and {tuple(b.shape)} in torch",
                 help="the same network has outputs of the same shape, but for the channel axis",
             )
-        error = max(error, _largest(a.double() - b.detach().cpu().double()))
-        largest = max(largest, _largest(a))
+        error = max(error, magnitude(a.double() - b.detach().cpu().double()))
+        largest = max(largest, magnitude(a))
     return error, largest
 
 
-def _largest(values: Tensor) -> float:
-    """Return the largest magnitude; infinity where there is NaN."""
-    largest = values.abs().max().item() if values.numel() else 0.0
-    return largest if largest == largest else float("inf")
-
-
-# ------------------------------------------------------------------------------- one step
-
-
-def _step(keras_model: Any, model: nn.Module, example: object, given: object) -> str:
-    """Run both models in train mode, nothing dropped; return why that says nothing."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, _DropoutNd):
-            module.eval()
-    before = _random_state()
-    try:
-        call_example(model, given)
-    except (ValueError, RuntimeError) as error:  # one value in each channel; inference tensors
-        return f"in train mode the torch model does not take the example: {error}"
-    if not all(map(torch.equal, before, _random_state())):  # a functional dropout, a dropped path
-        return "the torch model is random in train mode, dropout layers off"
-    run(keras_model, example, training=True)
-    return ""
-
-
-def _random_state() -> list[Tensor]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def _start_from_zero(one: KerasPart, twin: TorchPart) -> None:
-    """Let the statistics of a pair that learns be what one batch adds, and nothing besides."""
-    norm = twin.norm
-    if norm is not None and one.updates and norm.updates_statistics(training=True):
-        for name in _STATISTICS:
-            zeros = torch.zeros(one.geometry.weight)
-            one.write(name, zeros)
-            write(twin.tensors()[name], zeros)
-
-
-@contextmanager
-def _counted(norms: Sequence[Pair]) -> Iterator[dict[nn.Module, list[int]]]:
-    """Count the values in each channel of what the norms receive, per call."""
-    counts: dict[nn.Module, list[int]] = defaultdict(list)
-
-    def count(module: nn.Module, args: Any, output: object) -> None:
-        for x in tensors_in(args):
-            counts[module].append(x.numel() // x.shape[1])
-            break
-
-    handles = [twin.module.register_forward_hook(count) for _, twin in norms]
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _row(
-    one: KerasPart, twin: TorchPart, there: Moments, here: Moments, calls: list[int]
+    pair: Pair, there: Moments, here: Moments, calls: list[int], bounds: _Bounds
 ) -> StatisticsError:
     """Compare what the statistics are now with what Keras made of its own."""
-    mean, var = _moments(twin.tensors().get)
-    mean_there, var_there = _moments(one.read)
-    if not one.updates or not calls:
-        n = None
-        expected_mean, expected_var = here
-    else:
-        n, most = min(calls), max(calls)
-        kept = (1 - complement(one.layer.momentum)) ** len(calls)
-        expected_mean = kept * here[0] + (mean_there - kept * there[0])
-        added = var_there - kept * there[1]
-        # Several calls may have several n: the variance is between what they would make of it.
-        bounds = [kept * here[1] + added * (k / max(k - 1, 1)) for k in (most, n)]
-        expected_var = var.clamp(*bounds)
-    largest = _largest(expected_var)
+    one, twin = pair
+    now = moments(_read(twin))
+    n, right = expected(one, twin, there, here, calls)
     return StatisticsError(
-        twin.path,
-        one.name,
-        n,
-        _largest(mean - expected_mean) / (max(_largest(expected_mean), largest**0.5) or 1.0),
-        _largest(var - expected_var) / (largest or 1.0),
+        twin.path, one.name, n, *relative(now, right), *bounds.of_statistics(twin.path, now)
     )
 
 
-def _moments(get: Any) -> Moments:
-    """Return copies of mean and variance in float64."""
-    mean, var = (get(name).detach().cpu().double().clone() for name in _STATISTICS)
-    return mean, var
+def _read(twin: TorchPart) -> Callable[[str], Tensor | None]:
+    return twin.tensors().get
 
 
-_STATISTICS = ("running_mean", "running_var")
-
-
-# ------------------------------------------------------------------------------- inputs
-
-
-def _is_channels_last(part: KerasPart) -> bool:
-    layer = part.layer
-    if part.geometry.kind != "batch norm":
-        return getattr(layer, "data_format", None) == "channels_last"
-    rank = layer.input_spec.ndim
-    return bool(rank > 2 and layer.axis % rank == rank - 1)
-
-
-def _as_input(value: Tensor, like: Tensor) -> Tensor:
-    """Give an input the device of the parameters, and their dtype, as Keras does."""
-    return value.to(like if value.is_floating_point() else like.device)
-
-
-def _moved(value: Tensor, last: bool) -> Tensor:
-    """Move the channels of a map to axis 1."""
-    is_map = last and value.ndim > 2 and value.is_floating_point()
-    return value.movedim(-1, 1).contiguous() if is_map else value
-
-
-def _each(example: object, change: Any) -> Any:
-    """Change every input: alone, in a tuple or list, or by name."""
-    if isinstance(example, Mapping):
-        return {key: change(value) for key, value in example.items()}
-    if isinstance(example, tuple | list):
-        return tuple(map(change, example))
-    return change(example)
+def _place(order: list[nn.Module], module: nn.Module) -> int:
+    """Return when a norm was called; the ones that were not come last."""
+    return order.index(module) if module in order else len(order)

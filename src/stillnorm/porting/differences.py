@@ -13,6 +13,7 @@ _KERAS = "https://keras.io/api/layers/normalization_layers/batch_normalization"
 _KERAS_CODE = "keras/src/layers/normalization/batch_normalization.py"
 _TF1 = "https://www.tensorflow.org/versions/r1.15/api_docs/python/tf/layers/batch_normalization"
 _TF1_CODE = ("tensorflow/python/layers/base.py", "tensorflow/python/keras/engine/base_layer.py")
+_TF2_CODE = "tensorflow/python/keras/layers/normalization/batch_normalization.py"
 _TF1_DROPOUT = "https://www.tensorflow.org/versions/r1.15/api_docs/python/tf/nn/dropout"
 _FLAX = "https://flax.readthedocs.io/en/latest/api_reference/flax.nnx/nn/normalization.html"
 _FLAX_CODE = "flax/nnx/nn/normalization.py"
@@ -55,6 +56,7 @@ class Differences(Written):
     def document(self) -> Document:
         """Return them as a document."""
         blocks: list[Block] = []
+        sources = list(dict.fromkeys(s for one in self.differences for s in one.sources))
         for one in self.differences:
             rows = (
                 ("PyTorch", one.pytorch),
@@ -63,8 +65,10 @@ class Differences(Written):
                 ("Flax", one.flax),
                 ("bites", one.bites),
             )
-            blocks += [Heading(one.what), Table((), rows, "ll")]
-            blocks += [Line(f"source: {source}") for source in one.sources]
+            told = ", ".join(str(1 + sources.index(s)) for s in one.sources)
+            blocks += [Heading(one.what), Table((), rows, "ll"), Line(f"sources: {told}")]
+        blocks.append(Heading("Sources"))
+        blocks += [Line(f"{i}  {source}") for i, source in enumerate(sources, start=1)]
         return Document("What batch norm and dropout are in four frameworks", tuple(blocks))
 
     def to_html(self) -> str:
@@ -126,13 +130,15 @@ _DIFFERENCES = (
     Difference(
         "The variance that is kept",
         "unbiased, over n - 1; the batch is normalised by the biased one",
-        "biased, over n",
+        "biased, over n; tf.keras 2: over n - 1 by the fused kernel, which 4-D and 5-D inputs take",
         "over n - 1 by the fused kernel, which 4-D inputs take; else over n",
         "biased, over n",
-        "a factor of n / (n - 1): 2 for a batch of two values in each channel, 1.0001 for 10000",
+        "a factor of n / (n - 1): 2 for a batch of two values in each channel, 1.0001 for 10000; "
+        "count= on weights that tf.keras 2 trained converts them twice",
         (
             _TORCH,
             _KERAS_CODE,
+            _TF2_CODE,
             "https://github.com/tensorflow/tensorflow/issues/55545",
             _FLAX_CODE,
             "https://github.com/pytorch/pytorch/issues/1410",

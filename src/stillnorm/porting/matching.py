@@ -26,12 +26,20 @@ class Matching:
         pairs: They, in the Keras model's order.
         by: How they were found: by the map that was given, by the names being the same, or by
             order.
-        left: Names and paths of the layers that the map does not mention.
+        left_in_keras: Names of the layers that the map does not mention.
+        left_in_torch: Paths of those.
     """
 
     pairs: tuple[Pair, ...]
     by: Literal["map", "names", "order"]
-    left: tuple[str, ...] = ()
+    left_in_keras: tuple[str, ...] = ()
+    left_in_torch: tuple[str, ...] = ()
+
+    @property
+    def by_chance(self) -> bool:
+        """Whether two layers could be in each other's place: matched by order, and all the same."""
+        kinds = {one.geometry for one, _ in self.pairs}
+        return self.by == "order" and len(kinds) < len(self.pairs)
 
 
 def match(keras: Sequence[KerasPart], torch: Sequence[TorchPart], names: Names) -> Matching:
@@ -97,10 +105,10 @@ def _by_map(keras: Sequence[KerasPart], torch: Sequence[TorchPart], names: Names
             f"names= gives {twice!r} to several layers", help="every torch layer has one twin"
         )
     used = set(named.values())
-    left = [name for name in parts if name not in named]
-    left += [path for path in paths if path not in used]
+    left_in_keras = tuple(name for name in parts if name not in named)
+    left_in_torch = tuple(path for path in paths if path not in used)
     pairs = tuple((part, paths[named[name]]) for name, part in parts.items() if name in named)
-    return Matching(pairs, "map", tuple(left))
+    return Matching(pairs, "map", left_in_keras, left_in_torch)
 
 
 def _by_names(keras: Sequence[KerasPart], torch: Sequence[TorchPart]) -> Matching | None:
@@ -130,7 +138,28 @@ def _by_order(keras: Sequence[KerasPart], torch: Sequence[TorchPart]) -> Matchin
             raise PortError(
                 f"the Keras model has {count(len(mine[kind]), kind)}, the torch model "
                 f"{len(twins[kind])}",
-                help=f"{_MAP}; only what it names is ported",
+                help=f"{_unmatched(mine[kind], twins[kind])}; {_MAP}; only what it names is ported",
             )
     rest = {kind: iter(parts) for kind, parts in twins.items()}
     return Matching(tuple((one, next(rest[one.geometry.kind])) for one in keras), "order")
+
+
+def _unmatched(keras: Sequence[KerasPart], torch: Sequence[TorchPart]) -> str:
+    """Name the layers of a kind whose names are on one side only."""
+    names, paths = {_plain(part.name) for part in keras}, {_plain(part.path) for part in torch}
+    sides = {
+        "Keras": [part.name for part in keras if _plain(part.name) not in paths],
+        "torch": [part.path or "(root)" for part in torch if _plain(part.path) not in names],
+    }
+    return "; ".join(
+        f"only in {side}: {shortened(alone)}" for side, alone in sides.items() if alone
+    )
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Write a list of names, of a long one the first few."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+_SHOWN = 4

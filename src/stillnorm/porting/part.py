@@ -9,6 +9,11 @@ class Refusal(Exception):
     """Raised where one layer cannot be ported; says why."""
 
 
+def a(kind: str) -> str:
+    """Return the name of a class with its article."""
+    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+
+
 @dataclass(frozen=True)
 class Geometry:
     """What a port does not change, and two layers must have in common.

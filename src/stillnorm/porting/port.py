@@ -18,11 +18,6 @@ from stillnorm.repair.surgery import Surgery
 if TYPE_CHECKING:
     from stillnorm.porting.matching import Names, Pair
 
-# A ResNet50 with random weights, in float32: torch differs by 2e-4 from itself in float64, as does
-# Keras. A layer in another's place is a thousand times as far off. A wrong eps need not be: beside
-# a variance of 1 Keras' default differs from torch's by 5e-4, and settings are compared besides.
-TOLERANCE = 1e-3
-
 
 def from_keras(
     keras_model: Any,
@@ -33,7 +28,7 @@ def from_keras(
     count: Count = None,
     example: object = None,
     torch_example: object = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     strict: bool = True,
 ) -> PortReport:
     r"""Give a torch model the weights of a Keras 3 model, and its norms what they do there.
@@ -71,7 +66,9 @@ def from_keras(
             port is taken back.
         torch_example: The same input as the torch model takes it, where that is not the example in
             the model's dtype, with its channels moved to axis 1.
-        tolerance: How much the outputs may differ, relative to the largest of them.
+        tolerance: How much the outputs may differ, relative to the largest of them. None for what
+            rounding explains: ten times what the torch model is off a copy of itself in float64,
+            and 8e-6 at least; 1e-3 where it does not run so. See `stillnorm.porting.rounding`.
         strict: Raise where a layer with weights cannot be ported; otherwise it is left alone and
             reported.
 
@@ -81,7 +78,7 @@ def from_keras(
 
     Raises:
         PortError: The models cannot be matched layer by layer, do not take the example, or do not
-            agree on it.
+            agree on it; or the example proves nothing: it, or all that comes of it, is one number.
         RefusedError: `strict`, and a layer cannot be ported.
         StateError: The torch model is wrapped for distributed training; or two of its layers share
             memory and would have to hold different values.
@@ -91,7 +88,8 @@ def from_keras(
         norms. All of it or, if anything is raised, nothing.
 
     Cost:
-        Two copies of the weights; with an example, two forwards of either model.
+        Two copies of the weights; with an example, two forwards of either model, and of a copy of
+        the torch model in float64 unless a tolerance is given.
 
     Example:
         >>> import keras, torch
@@ -117,7 +115,7 @@ def to_keras(
     count: Count = None,
     example: object = None,
     torch_example: object = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     strict: bool = True,
 ) -> PortReport:
     """Give a Keras 3 model the weights of a torch model, and its norms what they do there.
@@ -137,7 +135,7 @@ def to_keras(
         count: n; with it the variance becomes the biased one.
         example: An input of the Keras model, on which both are run.
         torch_example: The same input as the torch model takes it.
-        tolerance: How much the outputs may differ.
+        tolerance: How much the outputs may differ; None for what rounding explains.
         strict: Raise where a layer with weights cannot be ported.
 
     Returns:
@@ -146,7 +144,7 @@ def to_keras(
 
     Raises:
         PortError: The models cannot be matched layer by layer, do not take the example, or do not
-            agree on it.
+            agree on it; or the example proves nothing: it, or all that comes of it, is one number.
         RefusedError: `strict`, and a layer cannot be ported.
         StateError: The torch model is wrapped for distributed training; or two layers of the Keras
             model share a variable and would have to hold different values.
@@ -176,7 +174,7 @@ def compare(
     *,
     names: Names = None,
     torch_example: object = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
 ) -> Agreement:
     r"""Compare what a Keras and a torch model compute, and learn in a step, from the same input.
 
@@ -195,17 +193,19 @@ def compare(
         names: Which layer is which.
         torch_example: The same input as the torch model takes it.
         tolerance: How much the outputs may differ, relative to the largest of them; statistics,
-            relative to the largest of the layer.
+            relative to the largest of the layer. None for what rounding explains, see `from_keras`;
+            of statistics 1e-3 at least.
 
     Returns:
         The differences; true where they are within the tolerance. Both models are left as found.
 
     Raises:
         PortError: The models cannot be matched layer by layer, do not take the example, or give
-            outputs of other shapes.
+            outputs of other shapes; or the example proves nothing: see `from_keras`.
 
     Cost:
-        Two forwards of either model; a copy of all variables.
+        Two forwards of either model, and of a copy of the torch model in float64 unless a tolerance
+        is given; a copy of all variables.
 
     Example:
         >>> import keras, torch
@@ -217,7 +217,7 @@ def compare(
         >>> bool(compare(there, here, torch.randn(8, 4)))
         False
     """
-    matching, _ = matched(keras_model, model, names, "all")
+    matching, *_ = matched(keras_model, model, names, "all")
     return Check(example, torch_example, tolerance).run(keras_model, model, matching.pairs)
 
 

@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from stillnorm.norms import NormLayer, find_norms, walk
-from stillnorm.porting.part import Geometry
+from stillnorm.porting.part import Geometry, a
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -58,10 +58,10 @@ def parts_of(model: nn.Module) -> tuple[list[TorchPart], list[tuple[str, str]]]:
         elif parametrize.is_parametrized(module):
             others[module] = path, f"a parametrized {kind} in torch"
         elif any(isinstance(p, UninitializedParameter) for p in own.values()):
-            others[module] = path, f"a {kind} in torch that has not been called yet"
+            others[module] = path, f"{a(kind)} in torch that has not been called yet"
         elif own:
             names = ", ".join(list(own)[:3])
-            others[module] = path, f"a {kind} in torch: its {names} cannot be ported"
+            others[module] = path, f"{a(kind)} in torch: its {names} cannot be ported"
     return list(parts.values()), list(others.values())
 
 

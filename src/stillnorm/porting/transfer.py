@@ -13,7 +13,8 @@ from torch import nn
 from stillnorm.errors import PortError, RefusedError, StateError
 from stillnorm.norms import same_bits
 from stillnorm.porting.part import Refusal
-from stillnorm.porting.report import Agreement, Ported, PortReport
+from stillnorm.porting.report import Agreement, Ported, PortReport, Setting
+from stillnorm.porting.torch_layers import TorchPart
 from stillnorm.porting.torch_layers import parts_of as torch_parts
 from stillnorm.repair.surgery import Surgery, refuse_wrapped
 from stillnorm.reports.numbers import count as plural
@@ -25,7 +26,11 @@ Which = Literal["all", "norms"]
 Count = int | Mapping[str, int] | None
 
 _ORDER = "from_keras(keras_model, torch_model), to_keras(torch_model, keras_model)"
-_OTHERWISE = "the networks differ in what has no weights: padding, an activation, an order"
+_ORDERED = "layers of one shape, matched by order, may have changed places: give names=; or else "
+_OTHERWISE = (
+    "the networks differ in what has no weights: padding, an activation, an order; "
+    "docs/porting.md has what it mostly is"
+)
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,11 @@ class Check:
 
     example: object
     torch_example: object
-    tolerance: float
+    tolerance: float | None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.tolerance, Real) and self.tolerance >= 0):
+        given = self.tolerance
+        if not (given is None or (isinstance(given, Real) and given >= 0)):
             raise ValueError(f"tolerance={self.tolerance!r} is no number of 0 or more")
 
     def run(self, keras_model: Any, model: nn.Module, pairs: Sequence[Pair]) -> Agreement:
@@ -75,7 +81,7 @@ def transfer(
     strict: bool,
 ) -> PortReport:
     """Port every layer, all or nothing; see `from_keras` for the arguments."""
-    matching, refused = matched(keras_model, model, names, which)
+    matching, refused, alone = matched(keras_model, model, names, which)
     refuse_wrapped(model)
     counts = _counts(count, matching.pairs)
     done: dict[Pair, Ported] = {}
@@ -83,13 +89,15 @@ def transfer(
         for pair in matching.pairs:
             one, twin = pair
             part = surgery.part()
+            before, kind = _settings(twin), type(twin.module).__name__
             try:
                 notes = tuple(direction.port(pair, part))
             except Refusal as reason:
                 part.undo()
                 refused.append((twin.path if direction.to == "torch" else one.name, str(reason)))
             else:
-                done[pair] = Ported(one.name, twin.path, one.geometry.kind, notes)
+                changed = _changed(before, _settings(twin)) if direction.to == "torch" else ()
+                done[pair] = Ported(one.name, twin.path, one.geometry.kind, notes, kind, changed)
         if strict and refused:
             raise _refused(refused)
         _must_hold(done, direction.to)
@@ -97,7 +105,7 @@ def transfer(
         if check.example is not None:
             agreed = check.run(keras_model, model, matching.pairs)
             if not agreed:
-                raise _differ(agreed, matching)
+                raise _differ(agreed, matching, alone + len(matching.pairs) - len(done), which)
         # Only now: with the value as it was the outputs are the same.
         for pair in done:
             if (n := counts.get(pair[1].path)) is not None:
@@ -107,7 +115,9 @@ def transfer(
             tuple(done.values()),
             tuple(refused),
             matching.by,
-            matching.left,
+            matching.left_in_keras,
+            matching.left_in_torch,
+            matching.by_chance,
             _variance(direction, len(counts)),
             agreed,
             direction.to == "keras" and bool(getattr(keras_model, "compiled", False)),
@@ -117,8 +127,12 @@ def transfer(
 
 def matched(
     keras_model: Any, model: nn.Module, names: Names, which: Which
-) -> tuple[Matching, list[tuple[str, str]]]:
-    """Match the layers of both models; return also what has weights besides, and why it stays.
+) -> tuple[Matching, list[tuple[str, str]], int]:
+    """Match the layers of both models.
+
+    Returns:
+        The pairs; what has weights besides, and why it stays; how many layers of the torch model
+        are in no pair.
 
     Raises:
         PortError: They cannot be matched.
@@ -142,6 +156,7 @@ def matched(
         )
     theirs, their_others = keras_parts.parts_of(keras_model)
     ours, our_others = torch_parts(model)
+    many = len(ours) + len(our_others)
     if which == "norms":
         theirs = [part for part in theirs if part.geometry.kind == "batch norm"]
         ours = [part for part in ours if part.norm is not None]
@@ -154,7 +169,8 @@ def matched(
         left = f"; left out is {name or '(root)'}: {reason}"
         raise PortError(error.fact, help=error.help + left) from None
     some = which == "norms" or isinstance(names, Mapping)
-    return matching, [] if some else their_others + our_others
+    refused = [] if some else their_others + our_others
+    return matching, refused, many - len(matching.pairs)
 
 
 def _counts(count: Count, pairs: Sequence[Pair]) -> dict[str, int]:
@@ -216,11 +232,47 @@ def _refused(refused: list[tuple[str, str]]) -> RefusedError:
     )
 
 
-def _differ(agreed: Agreement, matching: Matching) -> PortError:
-    order = "layers matched by order may have changed places: give names=; or else "
-    return PortError(
-        f"the models differ, and nothing was changed: {agreed.told()}",
-        help=order * (matching.by == "order") + _OTHERWISE,
+def _differ(agreed: Agreement, matching: Matching, alone: int, which: Which) -> PortError:
+    """Say what differs, and what it may come from: the likeliest first."""
+    if agreed.same_outputs and agreed.same_statistics:
+        help = "set it alike in both models; without example= nothing is compared"
+    elif alone:
+        why = "which='norms'" if which == "norms" else "names="
+        why = why if which == "norms" or matching.by == "map" else "they cannot be"
+        help = (
+            f"{plural(alone, 'torch layer')} with weights not ported ({why}), without which no "
+            "example agrees: give it once all are"
+        )
+    else:
+        help = _ORDERED * matching.by_chance + _OTHERWISE
+    return PortError(f"the models differ, and nothing was changed: {agreed.told()}", help=help)
+
+
+def _settings(twin: TorchPart) -> dict[str, float | bool | None]:
+    """Return what a norm is set to that is no tensor."""
+    norm = twin.norm
+    if norm is None:
+        return {}
+    settings: dict[str, float | bool | None] = {
+        "eps": norm.eps,
+        "momentum": norm.momentum,
+        "held": norm.hold is not None,
+    }
+    if norm.hold is None:  # a hold decides what learns
+        learn = {name: twin.tensors().get(name) for name in ("weight", "bias")}
+        settings |= {
+            f"{k}.requires_grad": t.requires_grad for k, t in learn.items() if t is not None
+        }
+    return settings
+
+
+def _changed(
+    before: dict[str, float | bool | None], after: dict[str, float | bool | None]
+) -> tuple[Setting, ...]:
+    return tuple(
+        Setting(name, before[name], value)
+        for name, value in after.items()
+        if name in before and value != before[name]
     )
 
 

@@ -24,7 +24,7 @@ from stillnorm.porting.algebra import (
     kernel_to_torch,
 )
 from stillnorm.porting.keras.features import Graph, feature_order, graph_of
-from stillnorm.porting.part import Geometry, Refusal
+from stillnorm.porting.part import Geometry, Refusal, a
 
 _CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
@@ -110,7 +110,9 @@ def parts_of(model: Any) -> tuple[list[KerasPart], list[tuple[str, str]]]:
     graph = graph_of(layer for _, layer in all_layers(model))
     for name, layer in all_layers(model):
         if not layer.built:
-            others.append((name, f"a {type(layer).__name__} in Keras that has not been called yet"))
+            others.append(
+                (name, f"{a(type(layer).__name__)} in Keras that has not been called yet")
+            )
             continue
         try:
             found = list(_parts(name, layer, graph))
@@ -120,7 +122,7 @@ def parts_of(model: Any) -> tuple[list[KerasPart], list[tuple[str, str]]]:
         known = {id(one.variable) for part in found for one in part.stored.values()}
         if extra := [weight for weight in _own(layer) if id(weight) not in known]:
             kind = type(layer).__name__
-            what = f"a {kind}" if not found else f"a {kind} with more than kernel and bias"
+            what = a(kind) if not found else f"{a(kind)} with more than kernel and bias"
             names = ", ".join(weight.name for weight in extra[:3])
             if not isinstance(layer, layers.BatchNormalization):  # renorm: refused where it matters
                 others.append((name, f"{what} in Keras: its {names} cannot be ported"))

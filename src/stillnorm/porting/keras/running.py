@@ -14,6 +14,8 @@ from keras import layers
 from stillnorm.norms import same_bits
 from stillnorm.norms.undo import undisturbed
 from stillnorm.porting.keras.parts import all_layers, as_torch, assign, read
+from stillnorm.porting.part import a
+from stillnorm.porting.rounding import FLOAT32, of_dtype
 
 _DROPOUT = (
     layers.AlphaDropout,
@@ -44,12 +46,18 @@ def left_as_found(model: Any) -> Iterator[None]:
                     assign(variable, value)
 
 
+def dropout_rates(model: Any) -> list[float]:
+    """Return the rates of the dropouts that drop something, in the model's order."""
+    dropouts = (layer for _, layer in all_layers(model) if isinstance(layer, _DROPOUT))
+    return [layer.rate for layer in dropouts if layer.rate]
+
+
 def random_layer(model: Any) -> str | None:
     """Name a layer that draws random numbers in train mode, past the dropouts; None for none."""
     for name, layer in all_layers(model):
         draws = any(isinstance(it, keras.random.SeedGenerator) for it in vars(layer).values())
         if draws and not isinstance(layer, _DROPOUT):
-            return f"{name}, a {type(layer).__name__}"
+            return f"{name}, {a(type(layer).__name__)}"
     return None
 
 
@@ -61,6 +69,11 @@ def run(model: Any, inputs: Any, *, training: bool) -> Any:
     """
     output = model(keras.tree.map_structure(_given, inputs), training=training)
     return keras.tree.map_structure(as_torch, output)
+
+
+def inputs_of(example: Any) -> list[torch.Tensor]:
+    """Return the inputs in an example, flat, as tensors of torch."""
+    return [as_torch(value) for value in keras.tree.flatten(example)]
 
 
 def cause(error: Exception) -> str:
@@ -77,3 +90,12 @@ def _given(value: Any) -> Any:
     # NumPy has no bfloat16; Keras casts to the layers' dtype itself.
     value = value.float() if value.dtype == torch.bfloat16 else value
     return keras.ops.convert_to_tensor(value.numpy())
+
+
+def precision_of(model: Any) -> float:
+    """Return the coarsest precision that a model computes in."""
+    cpu = all("cpu" in str(getattr(v.value, "device", "cpu")).lower() for v in model.variables)
+    names = {str(layer.compute_dtype) for _, layer in all_layers(model)}
+    dtypes = [getattr(torch, name) for name in names if keras.backend.is_float_dtype(name)]
+    eps = [of_dtype(dtype, accelerated=not cpu) for dtype in dtypes]
+    return max(eps, default=FLOAT32)
