@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from stillnorm.cli import targets
-from stillnorm.cli.options import F, Loaded, format_option, load
+from stillnorm.cli.options import F, Loaded, format_option, load, weights_option
 
 
 def on_example(command: F) -> F:
@@ -25,12 +25,7 @@ def on_example(command: F) -> F:
                 help="Instead of it batches, as other commands take them: the first one's inputs "
                 "are it.",
             ),
-            click.option(
-                "--weights",
-                type=click.Path(path_type=Path),
-                metavar="FILE",
-                help="A checkpoint to load into the model: .safetensors, .pt, .pth, .ckpt, .bin.",
-            ),
+            weights_option,
             click.option(
                 "--forward",
                 metavar="TARGET",

@@ -53,7 +53,16 @@ TARGET makes the model:
   package.module:factory     torchvision.models:resnet18
   file.py:factory            net.py:make
   a call with literals       "timm:create_model('resnet50')"
+  a file of Keras            model.keras
 """
+
+
+weights_option = click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A checkpoint to load into the model: .safetensors, .pt, .pth, .ckpt, .bin.",
+)
 
 
 def on_model(
@@ -63,12 +72,7 @@ def on_model(
     for option in reversed(
         (
             click.argument("target"),
-            click.option(
-                "--weights",
-                type=click.Path(path_type=Path),
-                metavar="FILE",
-                help="A checkpoint to load into the model: .safetensors, .pt, .pth, .ckpt, .bin.",
-            ),
+            weights_option,
             click.option(
                 "--data",
                 required=needs_data,
