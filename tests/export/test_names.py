@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,10 @@ class Head(nn.Module):
     def forward(self, x: Tensor, *more: Tensor, **named: Tensor) -> Any:
         h = self.fc(sum((*more, *named.values()), x)).relu()
         return self.returns(self.last(h), h, x)
+
+
+class Key(str, Enum):  # noqa: UP042 - str() of a StrEnum is its text anyway
+    LOGITS = "logits"
 
 
 class Pair(NamedTuple):
@@ -77,7 +82,15 @@ OUTPUTS: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
     "odd and doubled names": (
-        lambda y, h, x: {"x": x, "a": {"b": y}, "a.b": h, "a b/ö\n": y + 1, "": y + 2, 3: y + 3},
+        lambda y, h, x: {
+            "x": x,
+            "a": {"b": y},
+            "a.b": h,
+            "a b/ö\n": y + 1,
+            "": y + 2,
+            3: y + 3,
+            Key.LOGITS: y + 4,
+        },
         {
             "x_1": lambda y, h, x: x,
             "a.b": lambda y, h, x: y,
@@ -85,6 +98,7 @@ OUTPUTS: dict[str, tuple[Any, dict[str, Any]]] = {
             "a_b_ö_": lambda y, h, x: y + 1,
             "_": lambda y, h, x: y + 2,
             "output.3": lambda y, h, x: y + 3,
+            "logits": lambda y, h, x: y + 4,
         },
     ),
     "a class of transformers": (

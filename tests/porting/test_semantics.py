@@ -311,3 +311,16 @@ def test_norms_that_are_set_apart_are_told_apart() -> None:
     assert "sn.freeze(model, layers) (0)" in code
     assert "weight.requires_grad_(False) (1)" in code
     assert sn.port.to_keras(here, norms({}, {}, {})).unwritten() == []
+
+
+@pytest.mark.filterwarnings("ignore::stillnorm.StillnormWarning")
+def test_the_code_to_write_is_whole_and_exact() -> None:
+    """All of it however many kinds, numbers to the last bit, the class that a held layer was."""
+    settings = [{"epsilon": 1 / k, "momentum": 0.5} for k in (3, 7, 9, 11, 13)]
+    here = nn.Sequential(*(nn.BatchNorm1d(5) for _ in settings))
+    sn.freeze(here, ["0"])
+    _, code = sn.port.from_keras(norms(*settings), here).unwritten()
+    for path, one in enumerate(settings):
+        assert f"BatchNorm1d(..., eps={one['epsilon']!r}, momentum=0.5) ({path})" in code
+    assert "sn.unfreeze(model, layers) (0)" in code
+    assert "Held" not in code

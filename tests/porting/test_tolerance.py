@@ -147,7 +147,109 @@ def test_ctrl_c_in_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same(values(there), kept)
 
 
+# ------------------------------------------------------------------------------- several outputs
+
+
+class Several(nn.Module):
+    def __init__(self, returns: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.body, self.returns, self.seen = dense_twin(), returns, list[torch.Tensor]()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.seen.append(x)
+        return self.returns(self.body(x))
+
+
+def several(returns: Callable[[Any], Any]) -> Any:
+    x, body = keras.Input((6,)), dense_net()
+    return keras.Model(x, returns(body(x)))
+
+
+@pytest.mark.parametrize(
+    ("there", "right", "wrong", "worst"),
+    [
+        (
+            lambda y: [1e4 * y, keras.ops.softmax(y)],
+            lambda y: [1e4 * y, y.softmax(1)],
+            lambda y: [1e4 * y, 0.99 * y.softmax(1)],
+            "output 1 is the worst, ",
+        ),
+        (
+            lambda y: [y, keras.ops.argmax(y, axis=1), y > 0],
+            lambda y: [y, y.argmax(1), y > 0],
+            lambda y: [y, y.argmax(1), y <= 0],
+            "output 2 is the worst, ",
+        ),
+        (lambda y: y > 0, lambda y: y > 0, lambda y: y <= 0, ""),
+        (keras.ops.sum, torch.sum, lambda y: 1.001 * y.sum(), ""),
+        (
+            lambda y: keras.ops.where(y > 0, y, float("-inf")),
+            lambda y: torch.where(y > 0, y, float("-inf")),
+            lambda y: torch.where(y > y[y > 0].min(), y, float("-inf")),
+            "",
+        ),
+        (
+            lambda y: [y, keras.ops.mean(y - keras.ops.mean(y))],
+            lambda y: [y, (y - y.mean()).mean()],  # rounding alone
+            lambda y: [y, y.mean()],
+            "output 1 is the worst, ",
+        ),
+    ],
+)
+def test_each_output_has_its_own_scale(there: Any, right: Any, wrong: Any, worst: str) -> None:
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    agreed = sn.port.from_keras(several(there), Several(right), example=x).agreement
+    assert agreed
+    assert agreed.tolerance == 64 * EPS
+    with pytest.raises(PortError, match=f"eval outputs differ: {worst}off by"):
+        sn.port.from_keras(several(there), Several(wrong), example=x)
+
+
+def test_one_number_may_happen_to_be_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one number ten times its own rounding is too little: the next may round much worse."""
+    given: list[float] = []
+
+    def noted(own: float, *rest: float) -> float:
+        given.append(own)
+        return allowed(own, *rest)
+
+    monkeypatch.setattr("stillnorm.porting.agreement.allowed", noted)
+    there, here = several(lambda y: y), Several(lambda y: y)
+    for rows in (1, 2):
+        agreed = sn.port.from_keras(there, here, example=torch.randn(rows, 6)).agreement
+        assert given[0] == pytest.approx(agreed.rounding * max(1, 8 / (rows * 3)))
+        given.clear()
+
+
+def test_what_the_forward_notes_is_gone() -> None:
+    here = Several(lambda y: y)
+    assert sn.port.from_keras(several(lambda y: y), here, example=torch.randn(9, 6)).agreement
+    assert here.seen == []
+
+
+def test_a_copy_that_is_the_model() -> None:
+    class Itself(nn.Linear):
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+    here = twin(nn.GELU())
+    here[8] = Itself(24, 5)
+    agreed = sn.port.from_keras(net(gelu), here, example=torch.randn(X)).agreement
+    assert (agreed.rounding, agreed.not_compared) == (None, "")
+    assert here[8].weight.dtype == torch.float32
+
+
 # ------------------------------------------------------------------------------- examples
+
+
+def test_what_is_not_finite_proves_nothing() -> None:
+    x = torch.randn(9, 6)
+    nan = several(lambda y: y * float("nan"))
+    with pytest.raises(PortError, match="the outputs are not finite anywhere"):
+        sn.port.from_keras(nan, Several(lambda y: y * float("nan")), example=x)
+    x[0, 0] = float("nan")
+    with pytest.raises(PortError, match="the example has NaN in it"):
+        sn.port.from_keras(several(lambda y: y), Several(lambda y: y), example=x)
 
 
 def test_an_example_of_zeros_proves_nothing() -> None:

@@ -73,7 +73,7 @@ def _keys(tree: object, children: list[object]) -> list[str]:
         entries, _ = tree_flatten_with_path(tree, is_leaf=lambda part: part is not tree)
     except ValueError:  # its class is known to torch without keys, as those of transformers are
         if isinstance(tree, Mapping) and len(tree) == len(children):
-            return [str(key) for key in tree]
+            return [_text(key) for key in tree]
         return [str(n) for n in range(len(children))]
     return [_key(path[0]) for path, _ in entries]
 
@@ -81,7 +81,12 @@ def _keys(tree: object, children: list[object]) -> list[str]:
 def _key(entry: Any) -> str:
     """Return the key of a mapping, the name of an attribute, the index of an item."""
     kinds = ("key", "name", "idx")
-    return str(next(getattr(entry, kind) for kind in kinds if hasattr(entry, kind)))
+    return _text(next(getattr(entry, kind) for kind in kinds if hasattr(entry, kind)))
+
+
+def _text(key: object) -> str:
+    """Return a key as text: of an enumeration of texts the one that finds it in the mapping."""
+    return str.__str__(key) if isinstance(key, str) else str(key)
 
 
 def _parameters(function: Callable[..., object]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from stillnorm.export.report import Port
 from stillnorm.export.sizes import opened
 from stillnorm.tracing import first_line
 
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
 def must_be_installed() -> None:

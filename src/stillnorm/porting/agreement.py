@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,8 +21,8 @@ from stillnorm.porting.example import (
     each,
     is_channels_last,
     moved,
+    must_be_numbers,
     must_not_be_constant,
-    must_not_be_zero,
     taken,
 )
 from stillnorm.porting.keras.parts import KerasPart, as_torch
@@ -47,7 +48,7 @@ from stillnorm.porting.step import (
     start_from_zero,
 )
 from stillnorm.porting.torch_layers import TorchPart
-from stillnorm.state import eval_mode, preserved
+from stillnorm.state import attributes_kept, eval_mode, preserved
 from stillnorm.tracing import call_example, eager, tensors_in
 
 
@@ -77,21 +78,28 @@ def agreement(
     kept = [pair for pair in norms if "running_mean" in pair[1].tensors()]
     learning = [pair for pair in kept if learns(*pair)]
     rates = dropout_rates(keras_model)
-    with left_as_found(keras_model), preserved(model), torch.no_grad(), eager():
+    with (
+        left_as_found(keras_model),
+        attributes_kept(model),
+        preserved(model),
+        torch.no_grad(),
+        eager(),
+    ):
         with taken("Keras", "example= is what the Keras model takes: an array, or several"):
             theirs = run(keras_model, example, training=False)
-        must_not_be_zero(example)
+        must_be_numbers(example)
         help = "torch_example= is the input as torch takes it"
         with eval_mode(model), taken("torch", help), _called_dropouts(model) as dropouts:
             ours = call_example(model, given())
         there, here = _flat(theirs, ours)
-        error, largest = _outputs(there, here, last)
+        apart = _outputs(there, here, last)
         must_not_be_constant(example, there)
         exact = None
         if tolerance is None:
             exact = Copy.of(model, given(), [twin.path for _, twin in learning])
         eps = precision([*model.parameters(), *model.buffers()])
         bounds = _Bounds(tolerance, exact, max(eps, precision_of(keras_model)), eps)
+        worst, numbers = _worst(apart, bounds.of_outputs(here, theirs))
         rows: list[StatisticsError] = []
         reason = f"{layer}, is random in train mode" if (layer := random_layer(keras_model)) else ""
         if kept and not reason:
@@ -106,18 +114,18 @@ def agreement(
                 kept.sort(key=lambda pair: _place(in_order, pair[1].module))
                 rows = [_row(pair, *before[pair], counts[pair[1].module], bounds) for pair in kept]
     settings = [(twin.path, what) for one, twin in norms for what in _settings(one, twin)]
-    most, measured = bounds.of_outputs(here, theirs)
     agreed = Agreement(
-        error,
-        largest,
-        most,
-        measured,
+        *numbers,
         (*settings, *_rates(rates, dropouts)),
         tuple(rows),
         reason,
         given=tolerance is not None,
+        output=worst if len(apart) > 1 else None,
     )
     return agreed if agreed.same_outputs else replace(agreed, unequal=_unequal(pairs))
+
+
+_FEW = 8  # numbers in an output
 
 
 @dataclass(frozen=True)
@@ -136,15 +144,29 @@ class _Bounds:
     eps: float
     eps_torch: float
 
-    def of_outputs(self, ours: Sequence[Tensor], theirs: object) -> tuple[float, float | None]:
-        """Return what is allowed, and the torch model's own rounding where it was measured."""
-        if self.tolerance is not None:
-            return self.tolerance, None
-        if self.exact is None:
-            return UNMEASURED, None
-        error, largest = _outputs(_flat(theirs, self.exact.output)[1], list(ours), last=False)
-        own = error / (largest or 1.0)
-        return allowed(own, self.eps, self.eps_torch), own
+    def of_outputs(
+        self, ours: Sequence[Tensor], theirs: object
+    ) -> list[tuple[float, float | None]]:
+        """Return per output what is allowed, and its own rounding where that was measured."""
+        if self.tolerance is not None or self.exact is None:
+            return [(UNMEASURED if self.tolerance is None else self.tolerance, None)] * len(ours)
+        # Rounding is of finite numbers: where an input overflows, the copy may not.
+        finite = [y.isfinite() for y in ours]
+        exact, ours = (
+            [y.where(at, 0) for y, at in zip(outputs, finite, strict=True)]
+            for outputs in (_flat(theirs, self.exact.output)[1], ours)
+        )
+        apart = _outputs(exact, ours, last=False)
+        most = max((largest for _, largest in apart), default=0.0)
+        found: list[tuple[float, float | None]] = []
+        for y, (error, largest) in zip(ours, apart, strict=True):
+            own = error / (largest or 1.0)
+            # One number may happen to be exact; of eight, one is off as far as rounding goes.
+            explained = own * max(1.0, _FEW / max(y.numel(), 1))
+            # Beside others an output may be rounding and no more: what should be 0.
+            beside = most / (largest or most or 1.0)
+            found.append((allowed(explained, self.eps, self.eps_torch, beside), own))
+        return found
 
     def of_statistics(self, path: str, ours: Moments) -> tuple[float, float]:
         """Return what rounding explains in a norm, and what is allowed."""
@@ -232,14 +254,14 @@ def _flat(theirs: Any, ours: Any) -> tuple[list[Tensor], list[Tensor]]:
     return list(tensors_in(theirs)), list(tensors_in(ours))
 
 
-def _outputs(theirs: list[Tensor], ours: list[Tensor], last: bool) -> tuple[float, float]:
-    """Return the largest difference of the outputs, and the largest output."""
+def _outputs(theirs: list[Tensor], ours: list[Tensor], last: bool) -> list[tuple[float, float]]:
+    """Return per output the largest difference, and the largest finite value."""
     if len(theirs) != len(ours):
         raise PortError(
             f"the Keras model gives {len(theirs)} outputs, the torch model {len(ours)}",
             help="models that compute the same give the same outputs, in the same order",
         )
-    error = largest = 0.0
+    apart: list[tuple[float, float]] = []
     for a, b in zip(theirs, ours, strict=True):
         first = moved(a, last)
         a = first if first.shape == b.shape else a
@@ -248,9 +270,20 @@ def _outputs(theirs: list[Tensor], ours: list[Tensor], last: bool) -> tuple[floa
                 f"an output is {tuple(a.shape)} in Keras and {tuple(b.shape)} in torch",
                 help="the same network has outputs of the same shape, but for the channel axis",
             )
-        error = max(error, magnitude(a.double() - b.detach().cpu().double()))
-        largest = max(largest, magnitude(a))
-    return error, largest
+        a, b = a.double(), b.detach().cpu().double()
+        off = (a - b).masked_fill(a == b, 0.0)  # infinity is itself, as masks have it
+        apart.append((magnitude(off), magnitude(a[a.isfinite()])))
+    return apart
+
+
+def _worst(
+    apart: Sequence[tuple[float, float]], bounds: Sequence[tuple[float, float | None]]
+) -> tuple[int, tuple[float, float, float, float | None]]:
+    """Return which output is worst off; its difference, largest value, bound and rounding."""
+    rows = [(*one, *bound) for one, bound in zip(apart, bounds, strict=True)]
+    share = [error / (bound * largest or sys.float_info.min) for error, largest, bound, _ in rows]
+    worst = share.index(max(share))
+    return worst, rows[worst]
 
 
 def _row(

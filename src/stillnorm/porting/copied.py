@@ -42,7 +42,10 @@ class Copy:
             return value.to(dtype) if value.is_floating_point() else value.clone()
 
         try:
-            twin = copy.deepcopy(model).to(dtype)
+            twin = copy.deepcopy(model)
+            if _shares(twin, model):
+                return None
+            twin.to(dtype)
             with eval_mode(twin):
                 output = call_example(twin, each(given, cast))
         except Exception:  # whatever a model raises that was written for float32
@@ -56,3 +59,9 @@ class Copy:
             if not forward_in_training(twin, each(given, cast)):
                 statistics = {part.path: moments(part.tensors().get) for part in norms}
         return cls(output, statistics)
+
+
+def _shares(twin: nn.Module, model: nn.Module) -> bool:
+    """Tell whether a copy has tensors of the model itself: its class says how it is copied."""
+    ours = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    return any(id(tensor) in ours for tensor in (*twin.parameters(), *twin.buffers()))

@@ -26,19 +26,21 @@ def taken(side: str, help: str) -> Iterator[None]:
         ) from error
 
 
-def must_not_be_zero(example: object) -> None:
-    """Raise for an input of zeros, on which most layers do the same.
+def must_be_numbers(example: object) -> None:
+    """Raise for an input of zeros, on which most layers do the same, or with NaN in it.
 
     Raises:
-        PortError: Every number with a fraction in it is 0.
+        PortError: Every number with a fraction in it is 0, or one is NaN.
     """
     inputs = [x for x in inputs_of(example) if x.is_floating_point()]
+    if any(bool(x.isnan().any()) for x in inputs):
+        raise PortError("the example has NaN in it, which proves nothing", help=_ANOTHER)
     if inputs and not any(bool(x.any()) for x in inputs):
         raise PortError("the example is 0 everywhere, which proves nothing", help=_ANOTHER)
 
 
 def must_not_be_constant(example: object, outputs: Sequence[Tensor]) -> None:
-    """Raise where the outputs are one number: any network with that one would agree.
+    """Raise where the outputs are one number, or none: any network with that one would agree.
 
     One output alone, or the same samples, give one number rightly, unless it is 0.
 
@@ -46,11 +48,15 @@ def must_not_be_constant(example: object, outputs: Sequence[Tensor]) -> None:
         PortError: They are.
     """
     flat = [y.flatten() for y in outputs if y.numel()]
-    if not flat or any(bool((y != y[0]).any()) for y in flat):  # NaN is not itself
+    if not any(bool(y.isfinite().any()) for y in flat):
+        what = "not finite anywhere" if flat else "no tensors"
+        raise PortError(f"the outputs are {what}, which proves nothing", help=_ANOTHER)
+    if any(bool((y != y[0]).any()) for y in flat):
         return
-    value = 0.0 if not any(bool(y[0] != 0) for y in flat) else flat[0][0].item()
-    one_each = all(y.numel() == len(y) for y in outputs if y.ndim)
-    if value != 0 and one_each and not _samples_differ(example):
+    value = next((y[0].item() for y in flat if y[0] != 0), 0)
+    alone = all(len(y) == 1 for y in flat)
+    one_each = alone or all(y.numel() == len(y) for y in outputs if y.ndim)
+    if value != 0 and one_each and (alone or not _samples_differ(example)):
         return
     raise PortError(
         f"the outputs are {value:.3g} everywhere on the example, which proves nothing",

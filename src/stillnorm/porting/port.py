@@ -66,9 +66,10 @@ def from_keras(
             port is taken back.
         torch_example: The same input as the torch model takes it, where that is not the example in
             the model's dtype, with its channels moved to axis 1.
-        tolerance: How much the outputs may differ, relative to the largest of them. None for what
-            rounding explains: ten times what the torch model is off a copy of itself in float64,
-            and 8e-6 at least; 1e-3 where it does not run so. See `stillnorm.porting.rounding`.
+        tolerance: How much an output may differ, relative to its largest value. None for what
+            rounding explains: ten times what that of the torch model is off a copy of it in
+            float64, and 8e-6 at least; 1e-3 where it does not run so. See
+            `stillnorm.porting.rounding`.
         strict: Raise where a layer with weights cannot be ported; otherwise it is left alone and
             reported.
 
@@ -78,7 +79,8 @@ def from_keras(
 
     Raises:
         PortError: The models cannot be matched layer by layer, do not take the example, or do not
-            agree on it; or the example proves nothing: it, or all that comes of it, is one number.
+            agree on it; or the example proves nothing: it, or all that comes of it, is one number,
+            or not finite.
         RefusedError: `strict`, and a layer cannot be ported.
         StateError: The torch model is wrapped for distributed training; or two of its layers share
             memory and would have to hold different values.
@@ -135,7 +137,7 @@ def to_keras(
         count: n; with it the variance becomes the biased one.
         example: An input of the Keras model, on which both are run.
         torch_example: The same input as the torch model takes it.
-        tolerance: How much the outputs may differ; None for what rounding explains.
+        tolerance: How much an output may differ; None for what rounding explains.
         strict: Raise where a layer with weights cannot be ported.
 
     Returns:
@@ -144,7 +146,8 @@ def to_keras(
 
     Raises:
         PortError: The models cannot be matched layer by layer, do not take the example, or do not
-            agree on it; or the example proves nothing: it, or all that comes of it, is one number.
+            agree on it; or the example proves nothing: it, or all that comes of it, is one number,
+            or not finite.
         RefusedError: `strict`, and a layer cannot be ported.
         StateError: The torch model is wrapped for distributed training; or two layers of the Keras
             model share a variable and would have to hold different values.
@@ -192,7 +195,7 @@ def compare(
         example: An input of the Keras model; see `from_keras`, as of the others.
         names: Which layer is which.
         torch_example: The same input as the torch model takes it.
-        tolerance: How much the outputs may differ, relative to the largest of them; statistics,
+        tolerance: How much an output may differ, relative to its largest value; statistics,
             relative to the largest of the layer. None for what rounding explains, see `from_keras`;
             of statistics 1e-3 at least.
 

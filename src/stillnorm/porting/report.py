@@ -49,8 +49,9 @@ class Agreement(Written):
     """How well two models agree on an example.
 
     Args:
-        error: The largest difference of their outputs in eval mode.
-        largest: The largest output.
+        error: The largest difference of their outputs in eval mode; of several outputs, that of
+            the one which is worst off.
+        largest: The largest finite value in it.
         tolerance: How much they may differ, relative to the largest.
         rounding: How far the torch model is off itself in another precision, by which the tolerance
             was set, relative to the largest; None where it was given, or could not be measured.
@@ -61,6 +62,7 @@ class Agreement(Written):
         not_compared: Why that was not done; empty where it was.
         unequal: Where outputs differ, the paths of layers whose weights do.
         given: Whether the tolerance was given.
+        output: Which of several outputs the numbers are of, from 0; None where there is one.
     """
 
     error: float
@@ -72,6 +74,7 @@ class Agreement(Written):
     not_compared: str = ""
     unequal: tuple[str, ...] = ()
     given: bool = False
+    output: int | None = None
 
     @property
     def same_outputs(self) -> bool:
@@ -134,8 +137,9 @@ class Agreement(Written):
         elif not self.given:
             why = ", for a copy of the torch model does not run in float64"
         verdict = "agree" if self.same_outputs else "differ"
+        worst = "" if self.output is None else f"output {self.output} is the worst, "
         return (
-            f"eval outputs {verdict}: off by {short(self.error)} where "
+            f"eval outputs {verdict}: {worst}off by {short(self.error)} where "
             f"the largest is {short(self.largest)}, {_percent(share)}; allowed are "
             f"{_percent(self.tolerance)}{why}"
         )
@@ -183,7 +187,7 @@ class Ported:
         path: Its path in the torch model.
         kind: What it is: "batch norm", "convolution", "transposed convolution", "dense layer".
         notes: What is worth knowing about it.
-        layer: The class of the torch layer.
+        layer: The class of the torch layer, of a held one that which it was.
         settings: What was set on a torch norm besides tensors, and is in no file of them.
     """
 
@@ -269,8 +273,8 @@ class PortReport(Written):
         code = refusal_rows((one.path, line) for one in self.ported for line in _code(one))
         many = count(len({one.path for one, _ in norms}), "norm")
         return [
-            f"set on {many}, and in no file of tensors: {_listed(changed)}",
-            f"write it where the torch model is made: {_listed(code)}",
+            f"set on {many}, and in no file of tensors: {_listed(changed[:_KINDS], changed)}",
+            f"write it where the torch model is made: {_listed(code, code)}",
         ]
 
     def _pairs(self) -> tuple[tuple[str, str, str], ...]:
@@ -281,20 +285,21 @@ class PortReport(Written):
         return tuple(rows)
 
 
-_SHOWN = 20
+_SHOWN, _KINDS = 20, 3
+_Rows = tuple[tuple[str, str], ...]
 
 
-def _listed(rows: tuple[tuple[str, str], ...]) -> str:
+def _listed(rows: _Rows, of: _Rows) -> str:
     """Write what is so of which norms; of one thing without the norms."""
-    shown = [what if len(rows) == 1 else f"{what} ({paths})" for paths, what in rows[:3]]
-    more = len(rows) - 3
+    shown = [what if len(of) == 1 else f"{what} ({paths})" for paths, what in rows]
+    more = len(of) - len(rows)
     return "; ".join([*shown, *([f"and {more} more, in report.ported"] if more > 0 else [])])
 
 
 def _code(ported: Ported) -> list[str]:
     """Return what a person writes for the settings of a norm."""
     after = {one.name: one.after for one in ported.settings}
-    arguments = [f"{k}={_written(after[k])}" for k in ("eps", "momentum") if k in after]
+    arguments = [f"{k}={after[k]!r}" for k in ("eps", "momentum") if k in after]
     lines = [f"{ported.layer}(..., {', '.join(arguments)})"] if arguments else []
     if "held" in after:
         lines.append("sn.freeze(model, layers)" if after["held"] else "sn.unfreeze(model, layers)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -113,9 +114,13 @@ def relative(here: Moments, right: Moments) -> tuple[float, float]:
     # Keras takes the mean of squares less the square of the mean: that rounds by the latter.
     scale = max(largest_var, _SQUARES * largest_mean**2)
     return (
-        magnitude(mean - right_mean) / (max(largest_mean, largest_var**0.5) or 1.0),
-        magnitude(var - right_var) / (scale or 1.0),
+        _share(magnitude(mean - right_mean), max(largest_mean, largest_var**0.5)),
+        _share(magnitude(var - right_var), scale),
     )
+
+
+def _share(off: float, largest: float) -> float:
+    return off / (largest or 1.0) if math.isfinite(off) else off
 
 
 def magnitude(values: Tensor) -> float:

@@ -89,7 +89,8 @@ def transfer(
         for pair in matching.pairs:
             one, twin = pair
             part = surgery.part()
-            before, kind = _settings(twin), type(twin.module).__name__
+            before = _settings(twin)
+            kind = type(twin.module).__name__ if twin.norm is None else twin.norm.kind
             try:
                 notes = tuple(direction.port(pair, part))
             except Refusal as reason:
