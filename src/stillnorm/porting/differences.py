@@ -180,8 +180,8 @@ _DIFFERENCES = (
         "trainable=False on the layer, and compile() again",
         "training=False in the call",
         "use_running_average=True in the call; set on the module, the next train() takes it back",
-        "the next model.train() thaws a layer in eval mode (SN003); in Keras model.trainable = True "
-        "thaws all in it",
+        "the next model.train() thaws a layer in eval mode (SN003); in Keras "
+        "model.trainable = True thaws all in it",
         (_TORCH_CODE, _KERAS, _TF1, _FLAX),
     ),
     Difference(
