@@ -10,9 +10,9 @@ where :math:`\epsilon_t` is the precision of the torch model and :math:`\epsilon
 both models. In half precision 10 and 64 are 4 and 4; 0.1 is the most, of the largest output. Of an
 output of n < 8 numbers, which may happen to be exact, :math:`\rho` counts 8 / n times.
 
-Measured by benchmarks/port_tolerance.py: Keras' ResNet50, DenseNet121, MobileNetV2, InceptionV3 and
-VGG16, random and calibrated, on torch and on JAX, are at most :math:`5 \rho` from their torch twins;
-a GELU by tanh for one by erf is some :math:`400 \rho` off.
+Measured by benchmarks/port_tolerance.py: Keras' ResNet50, DenseNet121, MobileNetV2, InceptionV3
+and VGG16, random and calibrated, on torch and on JAX, are at most :math:`5 \rho` from their torch
+twins; a GELU by tanh for one by erf is some :math:`400 \rho` off.
 """
 
 from __future__ import annotations
