@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import stillnorm as sn
 from calibration.received import assert_exact, assert_statistics, recording
 from stillnorm import recalibrate
-from stillnorm.errors import BatchError, CalibrationError, SelectorError, StateError
+from stillnorm.errors import BatchError, CalibrationError, ModelError, SelectorError, StateError
 from support.fingerprint import Fingerprint, values
 from support.layers import CASES, conv_input, conv_net, example, make
 from support.oracles import pooled_moments
@@ -423,7 +423,7 @@ def test_an_empty_batch_does_not_make_a_layer_shared(method: str) -> None:
 
 
 def test_arguments_the_wrong_way_round_and_of_the_wrong_kind() -> None:
-    with pytest.raises(CalibrationError, match="model is a list"):
+    with pytest.raises(ModelError, match="a list is no torch"):
         recalibrate(batches(), conv_net())  # type: ignore[arg-type]
     with pytest.raises(CalibrationError, match="tolerance='1%'"):
         recalibrate(conv_net(), batches(), tolerance="1%")  # type: ignore[arg-type]

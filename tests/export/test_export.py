@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import stillnorm as sn
 from export.nets import Net, exported, images, net, net_with
-from stillnorm.errors import BatchError, ExportError, StateError
+from stillnorm.errors import BatchError, ExportError, ModelError, StateError
 from support.fingerprint import Fingerprint
 
 BOTH = pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
@@ -389,7 +389,7 @@ class Stuck(Net):
         (torch.jit.script(net().eval()), images(), StateError, "TorchScript"),
         (torch.jit.trace(net().eval(), images()), images(), StateError, "TorchScript"),
         (net().to("meta"), images().to("meta"), StateError, "conv.weight is on the meta device"),
-        (net().forward, images(), ExportError, "the model is no nn.Module but of type method"),
+        (net().forward, images(), ModelError, "a method is no torch.nn.Module"),
         (Stuck(), images(), StateError, "eval\\(\\) of the model raised RuntimeError: stuck"),
     ],
     ids=[

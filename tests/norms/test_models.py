@@ -38,6 +38,9 @@ CALLS: dict[str, Callable[[Any], object]] = {
     "split_shared": lambda model: sn.split_shared(model, [X]),
     "track_statistics": lambda model: sn.track_statistics(model, [X]),
     "replace": lambda model: sn.replace(model, "group"),
+    "recalibrate": lambda model: sn.recalibrate(model, [X]),
+    "export_onnx": lambda model: sn.export_onnx(model, X, "net.onnx"),
+    "export_program": lambda model: sn.export.export_program(model, X, "net.pt2"),
     "to_float32": sn.repair.to_float32,
     "drop_stale_gradients": sn.repair.drop_stale_gradients,
 }

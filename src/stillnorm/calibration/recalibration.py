@@ -16,7 +16,7 @@ from stillnorm.calibration.report import Method, RecalibrationReport
 from stillnorm.calibration.sequential import sequential_pass
 from stillnorm.calibration.targets import find_targets
 from stillnorm.errors import CalibrationError
-from stillnorm.norms import Layers, NormLayer
+from stillnorm.norms import Layers, NormLayer, must_be_a_model
 from stillnorm.tracing import Forward, device_of
 
 
@@ -87,14 +87,17 @@ def recalibrate(
     Raises:
         CalibrationError: There is no batch; or a layer receives NaN or infinity, or statistics that
             its dtype cannot hold; or another rank failed; or, with "sequential", the model computes
-            something else each time, or is distributed by `fully_shard`.
+            something else each time, or is distributed by `fully_shard`; or a layer of Keras is
+            given a mask.
+        ModelError: `model` is no model of torch's.
         BatchError: A batch does not fit the model, or the forward raised.
         SelectorError: `layers` matches nothing.
         StateError: The model has lazy modules.
 
     Shape:
-        A layer's input is ``(N, C, *)``; its statistics are ``(C,)``, accumulated in float64 and
-        rounded once to the dtype of the buffers.
+        A layer's input is ``(N, C, *)``, in Keras as `axis` says; its statistics are ``(C,)``,
+        accumulated in float64 and rounded once to the dtype of the buffers. Keras keeps the biased
+        variance.
 
     Mutates:
         `running_mean`, `running_var` (in place) and `num_batches_tracked`, which grows by the
@@ -125,10 +128,7 @@ def recalibrate(
         Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3. fvcore's PreciseBN and
         `torch.optim.swa_utils.update_bn` are the same idea without the guarantees.
     """
-    if not isinstance(model, nn.Module):
-        raise CalibrationError(
-            f"model is a {type(model).__name__}", help="recalibrate(model, batches), in this order"
-        )
+    must_be_a_model(model)
     passes = _PASSES.get(method)
     if passes is None:
         raise CalibrationError(

@@ -59,6 +59,7 @@ def load_model(target: str) -> nn.Module:
 
 
 def _read_keras(path: str) -> object:
+    """Return the model in a file of Keras, on the backend that is set, or torch's."""
     from stillnorm.porting import read_keras
 
     model: object = read_keras(path)

@@ -13,6 +13,7 @@ from stillnorm.diagnosis import Finding, check
 from stillnorm.diagnosis.finding import listed
 from stillnorm.errors import ExportError, StateError
 from stillnorm.export.report import Format
+from stillnorm.norms import must_be_a_model
 from stillnorm.tracing import Forward
 
 _AGAINST = ("SN007", "SN102", "SN103", "SN107")
@@ -34,18 +35,14 @@ def must_be_shapes(dynamic: object) -> None:
         )
 
 
-def must_have_weights(model: object) -> None:
+def must_have_weights(model: nn.Module) -> None:
     """Raise where there is nothing to export.
 
     Raises:
-        ExportError: It is not a module.
+        ModelError: It is no model of torch's.
         StateError: It is TorchScript's, or its weights have no values.
     """
-    if not isinstance(model, nn.Module):
-        raise ExportError(
-            f"the model is no nn.Module but of type {type(model).__name__}",
-            help="export the module that it calls",
-        )
+    must_be_a_model(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise StateError(
             "the model is TorchScript's, which keeps its own modes: nothing of it is exported",

@@ -45,17 +45,18 @@ def export_onnx(
         The report: inputs and outputs, which norms are still batch norms, the errors of every
         output at every batch size that was run, and what `check` says of the statistics without
         data: initial ones (SN101, SN004) or stale ones (SN115) are exported as they are. Allowed
-        are 3.5e-4 (root mean square of
-        the difference, relative to that of the output) and 3.5e-3 (the largest, relative to the
-        largest value) in float32, in half precision 0.03 and 0.3, and more where the model
-        itself rounds worse (see `stillnorm.export.compare`). Usual are 1e-6 to 1e-5.
+        errors are 3.5e-4 (root mean square of the difference, relative to that of the output) and
+        3.5e-3 (the largest, relative to the largest value) in float32, in half precision 0.03 and
+        0.3, and more where the model itself rounds worse (see `stillnorm.export.compare`). Usual
+        are 1e-6 to 1e-5.
 
     Raises:
         ExportError: A finding speaks against it: eval depends on the batch (SN007, SN107), the
             statistics are not finite or negative (SN102, SN103). Or the output proves nothing: no
             tensor, no finite number, or another each time. Or torch cannot export the model,
             onnxruntime cannot run the file, the file computes something else or has a norm in
-            training mode (SN701). Or onnx, onnxscript or onnxruntime is not installed.
+            training mode (SN701). Or a package of ``stillnorm[onnx]`` is not installed.
+        ModelError: It is no model of torch's.
         BatchError: The model cannot be called on the example.
         StateError: The model has lazy modules or tensors on the meta device, is TorchScript's, or
             its own `eval()` raises.
@@ -117,6 +118,7 @@ def export_program(
 
     Raises:
         ExportError: As `export_onnx`; the norms' ``training`` argument is checked in the file.
+        ModelError: It is no model of torch's.
         BatchError: The model cannot be called on the example.
         StateError: As `export_onnx`.
         FileFormatError: The file cannot be written.

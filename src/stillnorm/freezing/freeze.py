@@ -44,6 +44,9 @@ def freeze(
     and on the layer, deepcopy, pickle, `torch.compile`, export, DDP and checkpointing. The output
     in eval mode does not change by one bit; gradients are those of an eval-mode layer.
 
+    A layer of Keras, on the torch backend, is held through calls with ``training=True`` and through
+    ``model.trainable = True``; files and copies of it, which Keras makes by way of a file, are not.
+
     Only norm layers are frozen, not the convolutions around them. A hold lives in the process, not
     in the `state_dict`: freeze again after building a model anew. `convert_sync_batchnorm` and
     `torch.jit.script` make new layers and undo a hold; `is_frozen` and `Snapshot.verify` say so.
@@ -221,7 +224,8 @@ def is_frozen(model: nn.Module, layers: Layers = None) -> bool:
     Returns:
         True when every selected layer would still normalise by its running statistics, and not
         update them, after `.train()` on the model and on the layer itself: it is held, it is
-        another library's frozen layer, or its own class overrides `train()`.
+        another library's frozen layer, or its own class overrides `train()`. Of a layer of Keras,
+        in calls with ``training=True``: it is held, or ``trainable=False``.
 
     Raises:
         SelectorError: `layers` matches nothing.

@@ -53,7 +53,7 @@ def must_be_a_model(model: object) -> None:
             help="a Keras model is one on the torch backend (KERAS_BACKEND=torch); on any backend "
             "sn.port.from_keras(keras_model, model) gives its weights to a model of torch's",
         )
-    raise ModelError(fact, help="give the model itself")
+    raise ModelError(fact, help="give the model itself, as the first argument")
 
 
 def walk(

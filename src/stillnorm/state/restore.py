@@ -113,9 +113,13 @@ def _put(before: Recorded, norm: NormLayer) -> None:
     elif norm.hold is not None:
         release(module)
     if norm.family == "keras":
-        for name in ("momentum", "eps", "trainable", *_REQUIRES_GRAD):
-            if record(norm).switches.get(name) != (value := before.switches.get(name)):
-                keras.set_switch(module, name, value)
+        now = record(norm).switches
+        for name in ("momentum", "eps", "trainable"):
+            if now[name] != before.switches[name]:
+                keras.set_switch(module, name, before.switches[name])
+        for name in _REQUIRES_GRAD:  # after `trainable`, which sets them
+            if (required := before.switches.get(name)) is not None:
+                keras.set_switch(module, name, required)
         module.training = bool(before.switches["training"])
         return
     now = record(norm).switches
